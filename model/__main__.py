@@ -1,0 +1,143 @@
+"""``python -m model train``: data set in, checkpoint out."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from model import checkpoint, datasets, plots, training
+from model.dropout import SCALINGS, check_probability, double_scaling_warning
+from model.networks import NETWORKS, NetworkConfig
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose usage errors are one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one line on standard error."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def probability(text: str) -> float:
+    """Read ``--p``."""
+    try:
+        p = float(text)
+        check_probability(p)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1), not {text!r}") from None
+    return p
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Read ``--seed``."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2^63), not {text!r}")
+    return int(text)
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Read ``--hidden``: layer widths separated by commas."""
+    try:
+        return tuple(positive(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers like 256,256, not {text!r}"
+        ) from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = OneLineParser(prog="python -m model", description="Train a network with dropout.")
+    commands = top.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train, report on the held-out split, write a checkpoint",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--data", default="digits", help="digits, diabetes, FILE.csv or FILE.npz")
+    train.add_argument("--target", metavar="COLUMN", help="the CSV column to predict")
+    train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
+    train.add_argument("--task", choices=datasets.TASKS, help="by default, what the target is")
+    train.add_argument("--network", choices=NETWORKS, default="mlp", help="kind of network")
+    train.add_argument("--hidden", type=widths, default=(256, 256), help="widths of the layers")
+    train.add_argument("--p", type=probability, default=0.5, help="share of units dropped")
+    train.add_argument("--scaling", choices=SCALINGS, default="classic", help="who scales when")
+    train.add_argument("--epochs", type=positive, default=200, help="epochs at most")
+    train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
+    train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
+    return top
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run the train command."""
+    dataset = datasets.load(args.data, args.target, args.task)
+    config = NetworkConfig(
+        network=args.network,
+        input_shape=dataset.x.shape[1:],
+        outputs=len(dataset.outputs),
+        hidden=args.hidden,
+        p=args.p,
+        scaling=args.scaling,
+    )
+    parts = datasets.split(dataset, args.seed)
+    how = training.TrainingConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    with checkpoint.Output(args.out) as output:
+        print(
+            f"{dataset.name}: {dataset.task}, {len(dataset)} rows of shape "
+            f"{list(config.input_shape)}, {config.outputs} outputs"
+        )
+        trained = training.train(config, parts, how, progress=True)
+        if warning := double_scaling_warning(trained.model):
+            print(f"warning: {warning}", file=sys.stderr)
+        x = parts.train.x
+        columns = x.reshape(len(x), -1) if x.ndim == 2 else x[:, :0].reshape(len(x), 0)
+        result = checkpoint.Checkpoint(
+            model=trained.model,
+            config=config,
+            holdout=parts.test,
+            feature_ranges=tuple(
+                zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True)
+            ),
+            input_range=(float(x.min()), float(x.max())),
+            noise_std=trained.noise_std,
+            metrics=trained.metrics,
+            seed=args.seed,
+            packages=checkpoint.package_versions(),
+        )
+        checkpoint.save(result, output.staging)
+        plots.write_page(trained, parts.test, output.staging / "plots.png")
+        output.commit()
+    print_metrics(trained, len(parts.test))
+    print(f"wrote {args.out}")
+
+
+def print_metrics(trained: training.Trained, rows: int) -> None:
+    """Print the held-out metrics, eval mode beside the Monte Carlo mean."""
+    print(f"{f'held out: {rows} rows':<24}{'eval mode':>12}{'100 passes':>12}")
+    for name, value in trained.metrics["eval"].items():
+        print(f"{name:<24}{value:>12.4f}{trained.metrics['mc'][name]:>12.4f}")
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    args = parser().parse_args()
+    try:
+        train(args)
+    except (datasets.DataError, checkpoint.CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What training leaves behind: a directory of safetensors, JSON and NPZ, no pickle.
+
+    weights.safetensors   the network's parameters and buffers
+    checkpoint.json       how to build the network again, the data it saw, its metrics
+    holdout.npz           the test part: what the export is verified on
+    plots.png             for a person
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.datasets import Dataset
+from model.networks import Model, NetworkConfig
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "numpy", "scikit-learn")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network with what its export needs to know."""
+
+    model: Model
+    config: NetworkConfig
+    holdout: Dataset  # the test part, in raw features
+    feature_ranges: tuple[tuple[float, float], ...]  # D pairs, of the training part; () for images
+    input_range: tuple[float, float]  # over all features
+    noise_std: tuple[float, ...] | None  # [C], regression only
+    metrics: dict[str, dict[str, float]]  # of the test part, by mode
+    seed: int
+    packages: dict[str, str]
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions a checkpoint records."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+class Output:
+    """A directory that appears whole or not at all.
+
+    Writability is tried when the object is made, before any training; an older checkpoint at the
+    same place is replaced by ``commit``, anything else there is left alone.
+
+    Raises
+    ------
+    CheckpointError
+        If the place cannot be written or holds something that is no checkpoint.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        if place.exists() and not is_replaceable(place):
+            raise CheckpointError(f"{place} is there already and holds no checkpoint; not replaced")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self.staging = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {place}: {error.strerror or error}") from None
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def commit(self) -> None:
+        """Put what was written to ``staging`` in place."""
+        self.staging.chmod(0o755)
+        if self.place.exists():
+            old = self.staging.with_suffix(".old")
+            self.place.rename(old)
+            self.staging.rename(self.place)
+            shutil.rmtree(old)
+        else:
+            self.staging.rename(self.place)
+
+
+def is_replaceable(place: Path) -> bool:
+    """Tell a checkpoint or an empty directory from what somebody else put there."""
+    return place.is_dir() and ((place / "checkpoint.json").is_file() or not os.listdir(place))
+
+
+def save(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write ``checkpoint`` into ``directory``, which is there."""
+    save_file(checkpoint.model.state_dict(), directory / "weights.safetensors")
+    holdout = checkpoint.holdout
+    np.savez_compressed(directory / "holdout.npz", x=holdout.x, y=holdout.y)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "network": asdict(checkpoint.config),
+        "data": {
+            "name": holdout.name,
+            "task": holdout.task,
+            "features": holdout.features,
+            "outputs": holdout.outputs,
+            "feature_ranges": checkpoint.feature_ranges,
+            "input_range": checkpoint.input_range,
+        },
+        "noise_std": checkpoint.noise_std,
+        "metrics": checkpoint.metrics,
+        "seed": checkpoint.seed,
+        "packages": checkpoint.packages,
+    }
+    text = json.dumps(document, indent=2, allow_nan=False)
+    (directory / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> Checkpoint:
+    """Read the checkpoint in ``directory`` and build its network, in eval mode.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is damaged or of another schema.
+    """
+    path = directory / "checkpoint.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no checkpoint (no checkpoint.json)")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path}: schema {document['schema_version']}, this version reads {SCHEMA_VERSION}"
+            )
+        network, data = document["network"], document["data"]
+        config = NetworkConfig(
+            network=network["network"],
+            input_shape=tuple(network["input_shape"]),
+            outputs=network["outputs"],
+            hidden=tuple(network["hidden"]),
+            p=network["p"],
+            scaling=network["scaling"],
+        )
+        model = Model(config)
+        model.load_state_dict(load_file(directory / "weights.safetensors"))
+        with np.load(directory / "holdout.npz", allow_pickle=False) as file:
+            holdout = Dataset(
+                name=data["name"],
+                task=data["task"],
+                x=file["x"],
+                y=file["y"],
+                features=tuple(data["features"]),
+                outputs=tuple(data["outputs"]),
+            )
+        noise_std = document["noise_std"]
+        low, high = data["input_range"]
+        return Checkpoint(
+            model=model.eval(),
+            config=config,
+            holdout=holdout,
+            feature_ranges=tuple((low, high) for low, high in data["feature_ranges"]),
+            input_range=(low, high),
+            noise_std=None if noise_std is None else tuple(noise_std),
+            metrics=document["metrics"],
+            seed=document["seed"],
+            packages=document["packages"],
+        )
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: damaged checkpoint: {error}") from error

@@ -1,0 +1,150 @@
+"""How good the answers are: metrics on arrays, observation noise, Monte Carlo passes in torch.
+
+Every metric is a mean over rows. ``samples`` are the outputs of T train-mode passes; the metrics
+of a Monte Carlo answer are those of the passes' mixture.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logsumexp
+from torch import Tensor, nn
+
+from model.datasets import Dataset
+from model.dropout import only_sites_in_train_mode
+
+Floats = NDArray[np.float64]
+
+ECE_BINS = 15
+PASSES = 100
+# Rows times passes of one torch forward: bounds the memory of evaluating a large data set.
+ROW_PASSES_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def eval_outputs(model: nn.Module, x: Tensor) -> Floats:
+    """Run eval mode on ``x [B, ...]`` and return logits or values ``[B, C]``."""
+    model.eval()
+    parts = [model(part) for part in x.split(ROW_PASSES_AT_ONCE)]
+    return np.asarray(torch.cat(parts), dtype=np.float64)
+
+
+@torch.no_grad()
+def mc_outputs(model: nn.Module, x: Tensor, passes: int, seed: int) -> Floats:
+    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``."""
+    with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model):
+        torch.manual_seed(seed)
+        parts = []
+        for part in x.split(max(1, ROW_PASSES_AT_ONCE // passes)):
+            tiled = part.repeat(passes, *(1,) * (x.ndim - 1))  # [T * b, ...]
+            parts.append(model(tiled).reshape(passes, len(part), -1))
+    return np.asarray(torch.cat(parts, dim=1), dtype=np.float64)
+
+
+def class_probabilities(logits: Floats) -> Floats:
+    """Turn logits ``[B, C]``, or those of passes ``[T, B, C]``, into probabilities ``[B, C]``."""
+    probabilities: Floats = np.exp(log_softmax(logits, axis=-1))
+    return probabilities.mean(axis=0) if logits.ndim == 3 else probabilities
+
+
+def classification_metrics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, float]:
+    """Return accuracy, NLL (nats), Brier score and ECE of ``probabilities [B, C]``.
+
+    Brier is the multi-class score of Brier (1950), from 0 to 2.
+    """
+    true = probabilities[np.arange(len(y)), y]
+    onehot = np.eye(probabilities.shape[1])[y]
+    return {
+        "accuracy": float((probabilities.argmax(axis=1) == y).mean()),
+        "nll": float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean()),
+        "brier": float(((probabilities - onehot) ** 2).sum(axis=1).mean()),
+        "ece": expected_calibration_error(probabilities, y),
+    }
+
+
+def reliability(
+    probabilities: Floats, y: NDArray[np.int64]
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Return mean confidence, accuracy and number of rows of each non-empty confidence bin."""
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == y
+    bins = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    count = np.bincount(bins, minlength=ECE_BINS)
+    filled = count > 0
+    mean_confidence = np.bincount(bins, confidence, ECE_BINS)[filled] / count[filled]
+    accuracy = np.bincount(bins, correct, ECE_BINS)[filled] / count[filled]
+    return mean_confidence, accuracy, count[filled]
+
+
+def expected_calibration_error(probabilities: Floats, y: NDArray[np.int64]) -> float:
+    """Return the ECE of Guo et al. (2017), eq. 3, over ``ECE_BINS`` bins of equal width."""
+    confidence, accuracy, count = reliability(probabilities, y)
+    return float((np.abs(accuracy - confidence) * count).sum() / len(y))
+
+
+def regression_metrics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, float]:
+    """Return RMSE, MAE (target units) and predictive log-likelihood (nats a row).
+
+    ``samples [T, B, C]`` are the passes; a point prediction is one pass.
+    """
+    error = samples.mean(axis=0) - y
+    return {
+        "rmse": float(np.sqrt((error**2).mean())),
+        "mae": float(np.abs(error).mean()),
+        "log_likelihood": float(log_likelihood(samples, y, noise_std).sum(axis=1).mean()),
+    }
+
+
+def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
+    """Return ``log 1/T sum_t N(y; f_t, noise_std^2)`` as ``[B, C]``.
+
+    Gal and Ghahramani (2016), eq. 8 of the appendix; ``noise_std [C]`` is tau^(-1/2).
+    """
+    z = (y - samples) / noise_std  # [T, B, C]
+    log_density = -0.5 * z**2 - np.log(noise_std) - 0.5 * np.log(2 * np.pi)
+    result: Floats = logsumexp(log_density, axis=0) - np.log(len(samples))
+    return result
+
+
+def fit_noise(samples: Floats, y: Floats) -> Floats:
+    """Return the observation noise std ``[C]`` that makes ``y [B, C]`` likeliest."""
+    spread = np.maximum(np.sqrt(((y - samples.mean(axis=0)) ** 2).mean(axis=0)), 1e-6)  # [C]
+
+    def fit_one(output: int) -> float:
+        column = slice(output, output + 1)
+
+        def loss(log_std: float) -> float:
+            noise = np.exp(np.array([log_std]))
+            return -float(log_likelihood(samples[..., column], y[:, column], noise).mean())
+
+        # The residual's spread is what a point prediction would need; passes that already
+        # scatter need less.
+        centre = float(np.log(spread[output]))
+        return float(np.exp(minimize_scalar(loss, bounds=(centre - 5, centre + 1)).x))
+
+    return np.array([fit_one(output) for output in range(y.shape[1])])
+
+
+def evaluate(
+    model: nn.Module, part: Dataset, noise_std: Floats | None, eval_noise_std: Floats | None
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of ``part`` in eval mode and for 100 Monte Carlo passes.
+
+    For regression ``noise_std`` is the noise of the Monte Carlo answer and ``eval_noise_std``
+    that of the point prediction, ``[C]`` each.
+    """
+    x = torch.from_numpy(part.x)
+    point = eval_outputs(model, x)
+    samples = mc_outputs(model, x, PASSES, seed=0)
+    if noise_std is None or eval_noise_std is None:
+        y = part.y.astype(np.int64)
+        return {
+            "eval": classification_metrics(class_probabilities(point), y),
+            "mc": classification_metrics(class_probabilities(samples), y),
+        }
+    values = part.y.astype(np.float64)
+    return {
+        "eval": regression_metrics(point[None], values, eval_noise_std),
+        "mc": regression_metrics(samples, values, noise_std),
+    }

@@ -1,0 +1,180 @@
+"""The networks the command line trains: mlp, convnet and residual, raw features in, logits out.
+
+A ``Model`` holds the preprocessing as part of the network, so that it is exported with it and a
+client sends raw features.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from model.dropout import CustomDropout, Scaling
+
+NetworkName = Literal["mlp", "convnet", "residual"]
+NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What it takes to build a network again: everything but its weights."""
+
+    network: NetworkName
+    input_shape: tuple[int, ...]  # without the batch axis
+    outputs: int  # C: classes or targets
+    hidden: tuple[int, ...]
+    p: float
+    scaling: Scaling
+
+
+class Model(nn.Module):
+    """Standardise raw features, then run the network.
+
+    Shape
+    -----
+    Input ``[B, *input_shape]`` of raw features; output ``[B, C]``: logits, or values in the
+    target's own units once ``fold_target_scale`` was called.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        # Images share one mean and one scale: a pixel that is nearly always blank would
+        # otherwise turn a stray dot into a huge number.
+        self.is_image = len(config.input_shape) > 1
+        statistics = 1 if self.is_image else config.input_shape[0]
+        self.register_buffer("mean", torch.zeros(statistics))
+        self.register_buffer("std", torch.ones(statistics))
+        self.network = build_network(config)
+
+    def learn_input_scale(self, x: Tensor) -> None:
+        """Standardise from now on with the mean and standard deviation of ``x [B, ...]``."""
+        columns = x.reshape(-1, 1) if self.is_image else x
+        std = columns.std(0, correction=0)
+        self.mean.copy_(columns.mean(0))
+        # A constant column is only centred.
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    @torch.no_grad()
+    def fold_target_scale(self, mean: Tensor, std: Tensor) -> None:
+        """Make a network that was trained on ``(y - mean) / std`` answer ``y``, ``[C]`` each."""
+        output = self.network.output
+        output.weight.mul_(std[:, None])
+        output.bias.mul_(std).add_(mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map raw features ``[B, *input_shape]`` to logits or values ``[B, C]``."""
+        out: Tensor = self.network((x - self.mean) / self.std)
+        return out
+
+
+class Mlp(nn.Module):
+    """Fully connected layers, ReLU and dropout after each but the last."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        sizes = (math.prod(config.input_shape), *config.hidden)
+        self.linears = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
+        self.dropouts = nn.ModuleList(CustomDropout(config.p, config.scaling) for _ in self.linears)
+        self.output = nn.Linear(sizes[-1], config.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ...]`` to ``[B, C]``."""
+        x = x.flatten(1)  # [B, D]
+        for linear, dropout in zip(self.linears, self.dropouts, strict=True):
+            x = dropout(torch.relu(linear(x)))  # [B, H]
+        out: Tensor = self.output(x)
+        return out
+
+
+class ConvNet(nn.Module):
+    """Two convolutions with batch norm and channel dropout, then an ``Mlp``."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        if len(config.input_shape) not in (2, 3) or min(config.input_shape[-2:]) < 2:
+            raise ValueError(
+                "network convnet needs images of at least 2x2, [height, width] or "
+                f"[channels, height, width], not rows of shape {list(config.input_shape)}"
+            )
+        *channels, height, width = config.input_shape
+        self.image_shape = (channels[0] if channels else 1, height, width)
+        self.conv1 = nn.Conv2d(self.image_shape[0], 16, kernel_size=3, padding=1)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.dropout1 = CustomDropout(config.p, config.scaling, channels=True)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
+        self.norm2 = nn.BatchNorm2d(32)
+        self.dropout2 = CustomDropout(config.p, config.scaling, channels=True)
+        self.pool = nn.MaxPool2d(2)
+        flat_shape = (32, height // 2, width // 2)
+        self.classifier = Mlp(replace(config, input_shape=flat_shape))
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return self.classifier.output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, height, width]`` or ``[B, channels, height, width]`` to ``[B, C]``."""
+        x = x.reshape(-1, *self.image_shape)
+        x = self.dropout1(torch.relu(self.norm1(self.conv1(x))))  # [B, 16, h, w]
+        x = self.dropout2(torch.relu(self.norm2(self.conv2(x))))  # [B, 32, h, w]
+        out: Tensor = self.classifier(self.pool(x))
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """``skip(x) + dropout(linear(relu(x)))``: the skip path goes around the dropout site."""
+
+    def __init__(self, inputs: int, outputs: int, p: float, scaling: Scaling) -> None:
+        super().__init__()
+        self.skip = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs)
+        self.linear = nn.Linear(inputs, outputs)
+        self.dropout = CustomDropout(p, scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, inputs]`` to ``[B, outputs]``."""
+        out: Tensor = self.skip(x) + self.dropout(self.linear(torch.relu(x)))
+        return out
+
+
+class Residual(nn.Module):
+    """A linear stem, one ``ResidualBlock`` per hidden width, and a linear output."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        sizes = (config.hidden[0], *config.hidden)
+        self.stem = nn.Linear(math.prod(config.input_shape), sizes[0])
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(inputs, outputs, config.p, config.scaling)
+                for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+            )
+        )
+        self.output = nn.Linear(sizes[-1], config.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, ...]`` to ``[B, C]``."""
+        out: Tensor = self.output(torch.relu(self.blocks(self.stem(x.flatten(1)))))
+        return out
+
+
+def build_network(config: NetworkConfig) -> Mlp | ConvNet | Residual:
+    """Build the network ``config`` describes, with fresh weights from torch's global generator.
+
+    Raises
+    ------
+    ValueError
+        If ``convnet`` is asked for and the rows are no images.
+    """
+    networks: dict[NetworkName, type[Mlp | ConvNet | Residual]] = {
+        "mlp": Mlp,
+        "convnet": ConvNet,
+        "residual": Residual,
+    }
+    return networks[config.network](config)
+

@@ -1,0 +1,148 @@
+"""Fit a network to the training part, stop early on the validation part, report on the test part.
+
+References
+----------
+Kingma and Ba (2015), Adam. Prechelt (1998), Early Stopping - But When?
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from model import evaluation
+from model.datasets import Dataset, Split
+from model.networks import Model, NetworkConfig
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 1e-4
+# Epochs without a better validation loss before training stops.
+PATIENCE = 25
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and in what steps to train."""
+
+    epochs: int = 200
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what was seen on the way."""
+
+    model: Model
+    metrics: dict[str, dict[str, float]]  # of the test part, by mode: "eval" and "mc"
+    noise_std: tuple[float, ...] | None  # [C], of the targets around the passes; regression only
+    losses: tuple[tuple[float, float], ...]  # training and validation loss of each epoch
+
+
+def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress: bool) -> Trained:
+    """Train the network of ``config``; the same seed gives the same weights.
+
+    Raises
+    ------
+    ValueError
+        If the network does not fit the data, or the loss stops being a number.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        model = Model(config)
+        model.learn_input_scale(torch.from_numpy(parts.train.x))
+        mean, std = target_scale(parts.train)
+        losses = fit(model, parts, mean, std, how, progress=progress)
+    if mean is not None and std is not None:
+        model.fold_target_scale(mean, std)
+    noise_std, eval_noise_std = observation_noise(model, parts.validation)
+    return Trained(
+        model=model,
+        metrics=evaluation.evaluate(model, parts.test, noise_std, eval_noise_std),
+        noise_std=None if noise_std is None else tuple(noise_std.tolist()),
+        losses=tuple(losses),
+    )
+
+
+def target_scale(part: Dataset) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return mean and standard deviation ``[C]`` of the targets, or nothing for classes."""
+    if part.task == "classification":
+        return None, None
+    y = torch.from_numpy(part.y)
+    std = y.std(0, correction=0)
+    return y.mean(0), torch.where(std > 0, std, torch.ones_like(std))
+
+
+def fit(
+    model: Model,
+    parts: Split,
+    mean: Tensor | None,
+    std: Tensor | None,
+    how: TrainingConfig,
+    *,
+    progress: bool,
+) -> list[tuple[float, float]]:
+    """Run the epochs, leave ``model`` with its best weights, return the loss curves."""
+
+    def tensors(part: Dataset) -> tuple[Tensor, Tensor]:
+        y = torch.from_numpy(part.y)
+        return torch.from_numpy(part.x), y if mean is None or std is None else (y - mean) / std
+
+    loss_of = functional.cross_entropy if mean is None else functional.mse_loss
+    x, y = tensors(parts.train)
+    x_val, y_val = tensors(parts.validation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    best_loss, best_epoch, best_weights = float("inf"), 0, copy.deepcopy(model.state_dict())
+    losses: list[tuple[float, float]] = []
+    with tqdm(range(how.epochs), unit="epoch", disable=not progress) as bar:
+        for epoch in bar:
+            model.train()
+            total = 0.0
+            for rows in torch.randperm(len(x)).split(how.batch_size):
+                loss = loss_of(model(x[rows]), y[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+                optimizer.step()
+                total += loss.item() * len(rows)
+            validation_loss = eval_loss(model, loss_of, x_val, y_val)
+            losses.append((total / len(x), validation_loss))
+            bar.set_postfix(train=f"{losses[-1][0]:.4f}", validation=f"{validation_loss:.4f}")
+            if not np.isfinite(losses[-1]).all():
+                raise ValueError(f"the loss is {losses[-1]} in epoch {epoch + 1}: training diverged")
+            if validation_loss < best_loss:
+                best_loss, best_epoch = validation_loss, epoch
+                best_weights = copy.deepcopy(model.state_dict())
+            elif epoch - best_epoch >= PATIENCE:
+                break
+    model.load_state_dict(best_weights)
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def eval_loss(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> float:
+    """Return the mean loss of eval mode."""
+    model.eval()
+    total = 0.0
+    for rows in torch.arange(len(x)).split(evaluation.ROW_PASSES_AT_ONCE):
+        total += loss_of(model(x[rows]), y[rows]).item() * len(rows)
+    return total / len(x)
+
+
+def observation_noise(
+    model: Model, part: Dataset
+) -> tuple[evaluation.Floats, evaluation.Floats] | tuple[None, None]:
+    """Fit the noise std ``[C]`` around the passes, and around eval mode, on the validation part."""
+    if part.task == "classification":
+        return None, None
+    x, y = torch.from_numpy(part.x), part.y.astype(np.float64)
+    samples = evaluation.mc_outputs(model, x, evaluation.PASSES, seed=0)
+    point = evaluation.eval_outputs(model, x)
+    return evaluation.fit_noise(samples, y), evaluation.fit_noise(point[None], y)
