@@ -3,19 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from model import checkpoint, datasets, plots, training
+from model.commandline import OneLineParser
 from model.dropout import SCALINGS, check_probability, double_scaling_warning
 from model.networks import NETWORKS, NetworkConfig
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose usage errors are one line, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with one line on standard error."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def probability(text: str) -> float:

@@ -1,9 +1,9 @@
 """What training leaves behind: a directory of safetensors, JSON and NPZ, no pickle.
 
-    weights.safetensors   the network's parameters and buffers
-    checkpoint.json       how to build the network again, the data it saw, its metrics
-    holdout.npz           the test part: what the export is verified on
-    plots.png             for a person
+weights.safetensors   the network's parameters and buffers
+checkpoint.json       how to build the network again, the data it saw, its metrics
+holdout.npz           the test part: what the export is verified on
+plots.png             for a person
 """
 
 import json

@@ -209,9 +209,7 @@ def number(path: Path, row: int, column: str, cell: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise DataError(
-            f"{path}: row {row}, column {column!r}: {text!r} is not a number"
-        ) from None
+        raise DataError(f"{path}: row {row}, column {column!r}: {text!r} is not a number") from None
     if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
         raise DataError(f"{path}: row {row}, column {column!r}: {text} is not a float32 number")
     return value
@@ -238,7 +236,7 @@ def classes(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
 
 
 def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
-    """Load ``x [B, ...]`` and ``y`` (whole numbers ``[B]``: classes; else values ``[B]``/[B, C])."""
+    """Load ``x [B, ...]`` and ``y``: whole numbers ``[B]`` as classes, else values ``[B, C]``."""
     if target is not None:
         raise DataError(f"{path}: --target is for CSV files; an NPZ file's target is its array y")
     try:

@@ -93,8 +93,10 @@ class CustomDropout(nn.Module):
 
 def check_probability(p: float) -> None:
     """Raise ValueError unless ``p`` is a number in [0, 1)."""
-    is_number = isinstance(p, (int, float)) and not isinstance(p, bool)
-    if not is_number or math.isnan(p) or not 0.0 <= p < 1.0:
+    # A caller without a type checker may pass anything. NaN fails the comparison.
+    value: object = p
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= p < 1.0:
         raise ValueError(f"p must be a number in [0, 1), not {p!r}")
 
 

@@ -26,7 +26,7 @@ ROW_PASSES_AT_ONCE = 8192
 def eval_outputs(model: nn.Module, x: Tensor) -> Floats:
     """Run eval mode on ``x [B, ...]`` and return logits or values ``[B, C]``."""
     model.eval()
-    parts = [model(part) for part in x.split(ROW_PASSES_AT_ONCE)]
+    parts = [model(part) for part in torch.split(x, ROW_PASSES_AT_ONCE)]
     return np.asarray(torch.cat(parts), dtype=np.float64)
 
 
@@ -36,7 +36,7 @@ def mc_outputs(model: nn.Module, x: Tensor, passes: int, seed: int) -> Floats:
     with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model):
         torch.manual_seed(seed)
         parts = []
-        for part in x.split(max(1, ROW_PASSES_AT_ONCE // passes)):
+        for part in torch.split(x, max(1, ROW_PASSES_AT_ONCE // passes)):
             tiled = part.repeat(passes, *(1,) * (x.ndim - 1))  # [T * b, ...]
             parts.append(model(tiled).reshape(passes, len(part), -1))
     return np.asarray(torch.cat(parts, dim=1), dtype=np.float64)

@@ -6,6 +6,7 @@ client sends raw features.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -152,7 +153,7 @@ class Residual(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 ResidualBlock(inputs, outputs, config.p, config.scaling)
-                for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+                for inputs, outputs in pairwise(sizes)
             )
         )
         self.output = nn.Linear(sizes[-1], config.outputs)
@@ -177,4 +178,3 @@ def build_network(config: NetworkConfig) -> Mlp | ConvNet | Residual:
         "residual": Residual,
     }
     return networks[config.network](config)
-

@@ -103,7 +103,7 @@ def fit(
         for epoch in bar:
             model.train()
             total = 0.0
-            for rows in torch.randperm(len(x)).split(how.batch_size):
+            for rows in torch.split(torch.randperm(len(x)), how.batch_size):
                 loss = loss_of(model(x[rows]), y[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
@@ -113,7 +113,9 @@ def fit(
             losses.append((total / len(x), validation_loss))
             bar.set_postfix(train=f"{losses[-1][0]:.4f}", validation=f"{validation_loss:.4f}")
             if not np.isfinite(losses[-1]).all():
-                raise ValueError(f"the loss is {losses[-1]} in epoch {epoch + 1}: training diverged")
+                raise ValueError(
+                    f"the loss is {losses[-1]} in epoch {epoch + 1}: training diverged"
+                )
             if validation_loss < best_loss:
                 best_loss, best_epoch = validation_loss, epoch
                 best_weights = copy.deepcopy(model.state_dict())
@@ -131,7 +133,7 @@ def eval_loss(
     """Return the mean loss of eval mode."""
     model.eval()
     total = 0.0
-    for rows in torch.arange(len(x)).split(evaluation.ROW_PASSES_AT_ONCE):
+    for rows in torch.split(torch.arange(len(x)), evaluation.ROW_PASSES_AT_ONCE):
         total += loss_of(model(x[rows]), y[rows]).item() * len(rows)
     return total / len(x)
 

@@ -1,0 +1,11 @@
+"""Serve bundles over HTTP: predictions, and how sure the network is of them.
+
+A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (rows, chunks,
+answer) -> ``engine`` (onnxruntime) -> arrays -> ``uncertainty`` (statistics). Nothing here
+imports torch.
+
+Array shapes are written with these letters:
+
+    B  rows of a request                        T  passes of one row
+    C  outputs (classes or targets)             N  row-passes: the sum of T over rows
+"""

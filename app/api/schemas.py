@@ -1,0 +1,173 @@
+"""The documents of the HTTP interface.
+
+Requests are validated with these models. Answers are written straight from arrays; their models
+are the documentation, and tests hold every answer against them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Matrix = list[list[float]]  # [B, C]
+Column = list[float]  # [B]
+
+EXAMPLE_INPUTS = [[0.0] * 64]
+
+
+class Document(BaseModel):
+    """A JSON object in which nothing unknown may stand and nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PredictRequest(Document):
+    """Rows to predict."""
+
+    inputs: Annotated[
+        list[object],
+        Field(
+            description="Rows of raw features: lists of numbers, flat or nested to the input's "
+            "shape.",
+            json_schema_extra={
+                "items": {"type": "array", "items": {}},
+                "minItems": 1,
+                "examples": [EXAMPLE_INPUTS],
+            },
+        ),
+    ]
+    model: str | None = Field(None, description="Needed where several models are served.")
+    version: int | None = Field(None, ge=1, description="The newest by default.")
+
+
+class UncertaintyRequest(PredictRequest):
+    """Rows to run train-mode passes of."""
+
+    passes: int = Field(100, ge=1, description="Passes of each row.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Of the masks; drawn and returned if not given."
+    )
+    interval: float = Field(
+        0.9, gt=0, lt=1, description="Share of the passes that lie in the interval."
+    )
+    masks: Literal["independent"] = Field("independent", description="How masks are drawn.")
+
+
+class ClassPrediction(Document):
+    """Eval-mode answer of a classification model."""
+
+    model: str
+    version: int
+    labels: list[str]
+    probabilities: Matrix
+
+
+class ValuePrediction(Document):
+    """Eval-mode answer of a regression model."""
+
+    model: str
+    version: int
+    values: Matrix
+
+
+class Interval(Document):
+    """Quantiles of the passes."""
+
+    level: float
+    lower: Matrix
+    upper: Matrix
+
+
+class Uncertainty(Document):
+    """What all Monte Carlo answers share: the passes' statistics."""
+
+    model: str
+    version: int
+    passes: int
+    seed: int
+    mean: Matrix
+    std: Matrix = Field(description="Of the passes, divisor passes - 1.")
+    standard_error: Matrix | None = Field(
+        description="Of the mean: std / sqrt(passes). Null for a single pass, which cannot tell."
+    )
+    interval: Interval
+    converged: bool | None = Field(description="Null where no tolerance was asked for.")
+
+
+class ClassUncertainty(Uncertainty):
+    """Monte Carlo answer of a classification model; entropies in nats."""
+
+    labels: list[str] = Field(description="Of the mean.")
+    predictive_entropy: Column = Field(description="Entropy of the mean: all the uncertainty.")
+    expected_entropy: Column = Field(description="Mean entropy of the passes: the data's part.")
+    mutual_information: Column = Field(description="Their difference: the model's part.")
+    variation_ratio: Column = Field(description="Share of passes that name another class.")
+
+
+class ValueUncertainty(Uncertainty):
+    """Monte Carlo answer of a regression model, in the target's units."""
+
+    epistemic_std: Matrix = Field(description="The model's part: std of the passes.")
+    aleatoric_std: Matrix = Field(description="The data's part: noise fitted when training.")
+    total_std: Matrix
+
+
+class SiteReport(Document):
+    """A dropout site, and the share of its units that this answer's masks kept."""
+
+    name: str
+    p: float
+    scaling: str
+    kept: float
+
+
+class Passes(Document):
+    """What a debug answer adds."""
+
+    samples: list[Matrix] = Field(description="[passes, rows, outputs]")
+    deterministic: Matrix = Field(description="Eval mode.")
+    expectation_gap: Matrix | None = Field(
+        description="(mean - deterministic) / standard error: about 1 in size where the passes "
+        "scatter around eval mode. Null for a single pass."
+    )
+    sites: list[SiteReport]
+
+
+class ClassDebug(Passes, ClassUncertainty):
+    """Passes of a classification model."""
+
+
+class ValueDebug(Passes, ValueUncertainty):
+    """Passes of a regression model."""
+
+
+class Alive(Document):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Ready(Document):
+    """The service takes requests."""
+
+    status: Literal["ready"]
+    device: str
+    provider: str = Field(description="The onnxruntime provider that runs the graphs.")
+    models: dict[str, list[int]] = Field(description="The versions of each model.")
+
+
+class FieldProblem(Document):
+    """One thing that is wrong with a body."""
+
+    path: str = Field(description="Where in the body, like inputs.0.3.")
+    message: str
+
+
+class Problem(Document):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[FieldProblem] | None = None

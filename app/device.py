@@ -1,0 +1,92 @@
+"""Which onnxruntime providers a device needs, and why they may not have loaded.
+
+onnxruntime lists a provider as available when its library was built in, and runs on the CPU
+without an error when a CUDA library is absent. So the session is asked what it really got.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime
+
+from app.errors import DeviceUnavailable
+
+Device = Literal["cpu", "cuda", "tensorrt"]
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+PROVIDERS: dict[Device, list[str]] = {
+    "cpu": [CPU],
+    "cuda": [CUDA, CPU],
+    "tensorrt": [TENSORRT, CUDA, CPU],
+}
+LIBRARIES = {
+    CUDA: "libonnxruntime_providers_cuda.so",
+    TENSORRT: "libonnxruntime_providers_tensorrt.so",
+}
+DRIVER = "libcuda.so.1"
+# Of onnxruntime's log; it then says only what ends the process.
+FATAL = 4
+WARNING = 2
+
+
+def open_session(
+    graph: bytes, device: Device, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """Load a graph on a device.
+
+    Raises
+    ------
+    DeviceUnavailable
+        If the device's provider did not load; the message says what is missing.
+    """
+    wanted = PROVIDERS[device][0]
+    if device != "cpu":
+        check_present(device, wanted)
+        onnxruntime.preload_dlls()
+    # Here an absent library is no news for the log: the caller gets it as an error.
+    with quiet_log():
+        session = onnxruntime.InferenceSession(graph, options, providers=PROVIDERS[device])
+    if wanted not in session.get_providers():
+        raise DeviceUnavailable(f"device {device}: {wanted} did not load: {why(wanted)}")
+    return session
+
+
+def check_present(device: Device, wanted: str) -> None:
+    """Raise DeviceUnavailable where there is no use in trying."""
+    if wanted not in onnxruntime.get_available_providers():
+        raise DeviceUnavailable(
+            f"device {device}: the installed onnxruntime has no {wanted}; "
+            "install the extra 'cuda' in place of 'cpu'"
+        )
+    if fault := load_fault(DRIVER):
+        raise DeviceUnavailable(f"device {device}: no NVIDIA driver: {fault}")
+
+
+def why(provider: str) -> str:
+    """Say what keeps a provider's library from loading."""
+    library = Path(onnxruntime.__file__).parent / "capi" / LIBRARIES[provider]
+    return load_fault(str(library)) or "its libraries load, but no device accepts it"
+
+
+def load_fault(library: str) -> str | None:
+    """Return the dynamic linker's complaint about a library, without its folder."""
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error).rpartition("/")[2]
+    return None
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """Silence onnxruntime's own log for a while."""
+    onnxruntime.set_default_logger_severity(FATAL)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNING)

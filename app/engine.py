@@ -1,0 +1,92 @@
+"""Run one bundle's two graphs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from app.device import Device, open_session
+from app.errors import DeviceUnavailable
+from app.repository import Bundle
+from export.bundle import BundleError, Manifest
+
+ROWS_INPUT = "rows"
+ERRORS_ONLY = 3
+
+
+class Engine:
+    """The two sessions of a bundle.
+
+    Raises
+    ------
+    BundleError
+        If a graph does not load or takes other inputs than the manifest says.
+    DeviceUnavailable
+        If the device's provider does not load.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self.manifest: Manifest = bundle.manifest
+        name = self.manifest.input.name
+        masks = {site.mask_input for site in self.manifest.sites}
+        self.predict_session = load("predict.onnx", bundle.predict, device, {name})
+        self.stochastic_session = load(
+            "stochastic.onnx", bundle.stochastic, device, {name, ROWS_INPUT} | masks
+        )
+        self.device = device
+        self.provider: str = self.predict_session.get_providers()[0]
+
+    def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map ``x [B, *shape]`` to logits or values ``[B, C]`` in eval mode."""
+        (output,) = self.predict_session.run(None, {self.manifest.input.name: x})
+        return np.asarray(output)
+
+    def passes(
+        self,
+        x: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        masks: Mapping[str, NDArray[np.bool_]],
+    ) -> NDArray[np.float32]:
+        """Run train-mode passes.
+
+        Parameters
+        ----------
+        x
+            ``[B, *shape]``.
+        rows
+            ``[N]``, the row of each pass.
+        masks
+            By mask input: ``[N, *mask_shape]``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Logits or values ``[N, C]``.
+        """
+        feed = {self.manifest.input.name: x, ROWS_INPUT: rows, **masks}
+        (output,) = self.stochastic_session.run(None, feed)
+        return np.asarray(output)
+
+
+def load(file: str, graph: bytes, device: Device, inputs: set[str]) -> onnxruntime.InferenceSession:
+    """Load a graph that takes the given inputs."""
+    options = onnxruntime.SessionOptions()
+    # Left alone, onnxruntime sizes its pools from the host, not from what this process may use.
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    try:
+        session = open_session(graph, device, options)
+    except DeviceUnavailable:
+        raise
+    # onnxruntime's own exceptions share no other base.
+    except Exception as error:
+        raise BundleError(f"{file} does not load: {str(error).splitlines()[0]}") from error
+    found = {value.name for value in session.get_inputs()}
+    if found != inputs or len(session.get_outputs()) != 1:
+        raise BundleError(
+            f"{file} takes {', '.join(sorted(found))}; "
+            f"its manifest says {', '.join(sorted(inputs))}"
+        )
+    return session

@@ -1,0 +1,95 @@
+"""Turn the ``inputs`` of a request, nested lists of JSON numbers, into an array."""
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.errors import InputError
+
+LARGEST = float(np.finfo(np.float32).max)
+NUMBERS = {int, float}
+
+
+def rows_from_lists(
+    inputs: list[object], shape: tuple[int, ...], max_rows: int
+) -> NDArray[np.float32]:
+    """Return ``[B, *shape]`` from B rows, each nested to ``shape`` or flat.
+
+    Raises
+    ------
+    InputError
+        If there are no rows or more than ``max_rows``, a row is not of that shape, or a value is
+        no number of float32 (a boolean is none).
+    """
+    if not inputs:
+        raise InputError("inputs", "at least one row is needed")
+    if len(inputs) > max_rows:
+        raise InputError("inputs", f"at most {max_rows} rows are allowed, not {len(inputs)}")
+    flat: list[object] = []
+    for number, row in enumerate(inputs):
+        flat.extend(flat_row(row, shape, f"inputs.{number}"))
+    if set(map(type, flat)) <= NUMBERS:
+        # numpy reads whole numbers of any size as float64 here.
+        values = np.array(flat, dtype=np.float64)
+        if (np.abs(values) <= LARGEST).all():
+            return values.astype(np.float32).reshape(len(inputs), *shape)
+    raise next(bad_values(inputs, "inputs"))
+
+
+def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:
+    """Return a row's values in order, refusing any other shape."""
+    if not isinstance(row, list):
+        raise InputError(path, f"must be a list of {describe(shape)}, not {kind(row)}")
+    # A row of numbers may be flat whatever the shape.
+    if len(shape) == 1 or not (row and isinstance(row[0], list)):
+        if len(row) != math.prod(shape):
+            raise InputError(path, f"must hold {describe(shape)}, not {len(row)} values")
+        return row
+    if len(row) != shape[0]:
+        raise InputError(path, f"must hold {shape[0]} lists, not {len(row)}: {describe(shape)}")
+    return list(
+        chain.from_iterable(
+            nested_part(part, shape[1:], f"{path}.{number}") for number, part in enumerate(row)
+        )
+    )
+
+
+def nested_part(part: object, shape: tuple[int, ...], path: str) -> list[object]:
+    """Return the values of a part of a nested row, which must be nested all the way."""
+    if not isinstance(part, list):
+        raise InputError(path, f"must be a list like its neighbours, not {kind(part)}")
+    if len(part) != shape[0]:
+        raise InputError(path, f"must hold {shape[0]} values, not {len(part)}")
+    if len(shape) == 1:
+        return part
+    return list(
+        chain.from_iterable(
+            nested_part(inner, shape[1:], f"{path}.{number}") for number, inner in enumerate(part)
+        )
+    )
+
+
+def bad_values(value: object, path: str) -> Iterator[InputError]:
+    """Find the values that are no float32 numbers."""
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from bad_values(inner, f"{path}.{number}")
+    elif type(value) not in NUMBERS:
+        yield InputError(path, f"must be a number, not {kind(value)}")
+    elif abs(value) > LARGEST:  # type: ignore[arg-type] # a number, as the line above made sure
+        yield InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    """Say what a row of ``shape`` is."""
+    total = f"{math.prod(shape)} numbers"
+    return total if len(shape) == 1 else f"{total}, flat or nested as {list(shape)}"
+
+
+def kind(value: object) -> str:
+    """Name a JSON value's type."""
+    names = {bool: "a boolean", str: "a string", dict: "an object", list: "a list"}
+    return "null" if value is None else names.get(type(value), "a number")

@@ -1,0 +1,35 @@
+"""The service's settings: command-line options, each also an environment variable."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Serve the bundles of a folder over HTTP.
+
+    Each option --NAME is also an environment variable DROPSERVE_NAME.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="DROPSERVE_",
+        frozen=True,
+        cli_prog_name="python -m app",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+    )
+
+    models: Path = Field(Path("models"), description="folder of all bundles")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="where graphs run; auto: cuda where it works, else cpu"
+    )
+    debug: bool = Field(False, description="answer POST /debug/mc")
+    max_body_bytes: int = Field(8 * 2**20, ge=1, description="longest request body")
+    max_rows: int = Field(4096, ge=1, description="most rows of a request")
+    max_passes: int = Field(10_000, ge=1, description="most passes of a row")
+    max_row_passes: int = Field(1_000_000, ge=1, description="most rows x passes of a request")

@@ -1,0 +1,142 @@
+"""Statistics of Monte Carlo passes: arithmetic on arrays, nothing else.
+
+``samples [T, B, C]`` are the outputs of T passes: class probabilities, or values.
+
+References
+----------
+Gal and Ghahramani (2016), Dropout as a Bayesian Approximation.
+Gal (2016), Uncertainty in Deep Learning, section 3.3.
+Houlsby et al. (2011), Bayesian Active Learning for Classification and Preference Learning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Samples = NDArray[np.float32]
+
+# A standard error below the rounding of float32 says nothing.
+SMALLEST_STANDARD_ERROR = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the passes say of each output, ``[B, C]`` each."""
+
+    mean: Floats
+    std: Floats
+    standard_error: Floats
+    lower: Floats
+    upper: Floats
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """What the passes say of a value, ``[B, C]`` each, in the target's units."""
+
+    epistemic_std: Floats
+    aleatoric_std: Floats
+    total_std: Floats
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """What the passes say of the class, ``[B]`` each; entropies in nats."""
+
+    predictive_entropy: Floats
+    expected_entropy: Floats
+    mutual_information: Floats
+    variation_ratio: Floats
+
+
+Summary = TypeVar("Summary", Moments, Spreads, Entropies)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn logits ``[..., C]`` into probabilities."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float32] = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def moments(samples: Samples, level: float) -> Moments:
+    """Summarise ``samples [T, B, C]``.
+
+    ``std`` is the sample standard deviation s (divisor T - 1; of a single pass it is 0), and
+    ``standard_error`` is that of the mean, s / sqrt(T); of a single pass it is not known: NaN.
+    ``lower`` and ``upper`` are the quantiles (1 - level) / 2 and (1 + level) / 2 of the passes.
+    """
+    passes = len(samples)
+    mean = samples.mean(axis=0, dtype=np.float64)
+    if passes == 1:
+        std, standard_error = np.zeros_like(mean), np.full_like(mean, np.nan)
+    else:
+        std = samples.std(axis=0, ddof=1, dtype=np.float64)
+        standard_error = std / np.sqrt(passes)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    lower, upper = np.quantile(samples.astype(np.float64), tails, axis=0)
+    return Moments(mean, std, standard_error, lower, upper)
+
+
+def entropies(samples: Samples) -> Entropies:
+    """Summarise class probabilities ``[T, B, C]``.
+
+    - ``predictive_entropy``: H[mean over passes], all the uncertainty (Gal 2016, eq. 3.20).
+    - ``expected_entropy``: mean over passes of H, the data's part (aleatoric).
+    - ``mutual_information``: their difference, the model's part (epistemic); Houlsby et al. 2011,
+      eq. 2. Never negative, since entropy is concave.
+    - ``variation_ratio``: share of the passes whose class is not the commonest one (Gal 2016,
+      eq. 3.19).
+    """
+    passes, _, classes = samples.shape
+    predictive = entropy(samples.mean(axis=0, dtype=np.float64))
+    # Rounding can put a mean of equal entropies a hair above the entropy of their mean.
+    expected = np.minimum(entropy(samples).mean(axis=0), predictive)
+    votes = (samples.argmax(axis=2)[..., None] == np.arange(classes)).sum(axis=0)  # [B, C]
+    return Entropies(
+        predictive_entropy=predictive,
+        expected_entropy=expected,
+        mutual_information=predictive - expected,
+        variation_ratio=1.0 - votes.max(axis=1) / passes,
+    )
+
+
+def spreads(m: Moments, noise_std: Sequence[float]) -> Spreads:
+    """Split the spread of a value into the model's part and the data's.
+
+    The predictive variance is that of the passes (epistemic) plus that of the observation noise,
+    ``noise_std [C]`` = tau^(-1/2) (aleatoric): Gal and Ghahramani 2016, eq. 7.
+    """
+    aleatoric = np.broadcast_to(np.array(noise_std, dtype=np.float64), m.std.shape)
+    return Spreads(m.std, aleatoric, np.hypot(m.std, aleatoric))
+
+
+def entropy(probabilities: NDArray[np.floating]) -> Floats:
+    """Return ``-sum p log p`` over the last axis, in nats; 0 log 0 is 0."""
+    p = probabilities.astype(np.float64)
+    terms = p * np.log(np.where(p > 0, p, 1.0))
+    # Adding 0 turns -0 into 0.
+    return 0.0 - np.asarray(terms.sum(axis=-1))
+
+
+def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
+    """Return ``(mean of the passes - eval mode) / standard error of the mean``, ``[B, C]``.
+
+    About 1 in size where the passes scatter around eval mode; of a single pass not known: NaN.
+    The standard error is taken as at least a millionth of the output, where rounding begins.
+    """
+    floor = SMALLEST_STANDARD_ERROR * np.maximum(1.0, np.abs(deterministic))
+    gap: Floats = (m.mean - deterministic) / np.maximum(m.standard_error, floor)
+    return gap
+
+
+def join(parts: Sequence[Summary]) -> Summary:
+    """Put the summaries of groups of rows together, in order."""
+    columns = (
+        np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])
+    )
+    return type(parts[0])(*columns)

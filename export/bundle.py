@@ -1,0 +1,266 @@
+"""The bundle: a directory ``models/NAME/VERSION`` that holds an exported model, and its manifest.
+
+    manifest.json     what the files are, what the model takes and answers, how it was made
+    predict.onnx      eval mode
+    stochastic.onnx   train mode of the dropout sites, masks as inputs
+    examples.json     a few real inputs with their true answers
+
+This is the contract between the half with torch and the half without: the service imports this
+module, so it imports neither torch nor onnx.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+PREDICT = "predict.onnx"
+STOCHASTIC = "stochastic.onnx"
+EXAMPLES = "examples.json"
+FILES = (PREDICT, STOCHASTIC, EXAMPLES)
+
+NAME_RULE = "letters, digits, '_', '-' and '.', at most 64, the first a letter or digit"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+# The Open Inference Protocol serves NAME's uncertainty under this name.
+RESERVED_SUFFIX = ".mc"
+
+
+class BundleError(Exception):
+    """A bundle that cannot be written or read; the message says which and why."""
+
+
+class Record(BaseModel):
+    """A part of the manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Input(Record):
+    """What a row of input is."""
+
+    name: str
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Without the batch axis.")
+    dtype: Literal["float32"] = "float32"
+    features: tuple[str, ...] = Field(description="Names in order; empty for images.")
+    feature_ranges: tuple[tuple[float, float], ...] = Field(
+        description="Least and greatest value of each feature in the training part; "
+        "empty for images."
+    )
+    range: tuple[float, float] = Field(description="Least and greatest value of all features.")
+
+
+class Outputs(Record):
+    """What an answer is."""
+
+    name: str
+    labels: tuple[str, ...] = Field(description="C class labels, or names of the targets.")
+    units: tuple[str, ...] | None = Field(description="Of the targets, where known.")
+
+
+class DropoutSite(Record):
+    """A place where dropout acts."""
+
+    name: str
+    p: float = Field(ge=0, lt=1)
+    scaling: Literal["double", "classic", "inverted"]
+    mask_input: str = Field(description="The input of stochastic.onnx that takes the mask.")
+    mask_shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Of one pass.")
+    folded: bool = Field(
+        description="Whether weights of predict.onnx took the eval factor; if not, a Mul stays."
+    )
+
+
+class Verification(Record):
+    """What was measured before the bundle was published.
+
+    Errors are the largest absolute difference over the tested rows, divided by the largest
+    absolute output where that is more than 1.
+    """
+
+    predict_error: float = Field(description="predict.onnx against eval mode.")
+    predict_rows: int
+    stochastic_error: float = Field(description="stochastic.onnx against the same masks.")
+    stochastic_passes: int
+    expectation_gap: float = Field(
+        description="Mean of many passes against eval mode, in standard errors of that mean: "
+        "root mean square over rows and outputs. About 1 where there is no gap."
+    )
+    expectation_gap_largest: float = Field(description="The same, the largest of all.")
+    expectation_gap_passes: int
+
+
+class Provenance(Record):
+    """Where a bundle comes from."""
+
+    data: str
+    seed: int
+    packages: dict[str, str]
+    metrics: dict[str, dict[str, float]] = Field(
+        description="Of the held-out split: eval mode and mean of 100 passes."
+    )
+    verification: Verification
+
+
+class Manifest(Record):
+    """The manifest of a bundle."""
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int = Field(ge=1)
+    task: Literal["classification", "regression"]
+    input: Input
+    outputs: Outputs
+    preprocessing: str
+    sites: tuple[DropoutSite, ...]
+    noise_std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        description="Standard deviation of the targets around the passes, [C]; regression only."
+    )
+    provenance: Provenance
+    files: dict[str, str] = Field(description="SHA-256 of every other file.")
+
+
+def check_name(name: str) -> None:
+    """Raise BundleError unless ``name`` can name a model."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise BundleError(f"a model's name must be {NAME_RULE}, not {name!r}")
+    if name.endswith(RESERVED_SUFFIX):
+        raise BundleError(f"a model's name must not end in {RESERVED_SUFFIX!r}: {name!r}")
+
+
+def versions(model: Path) -> list[int]:
+    """Return the numbers of the versions in ``models/NAME``, ascending."""
+    return sorted(
+        int(entry.name)
+        for entry in model.iterdir()
+        if re.fullmatch(r"[1-9][0-9]{0,8}", entry.name) and entry.is_dir()
+    )
+
+
+def publish(
+    models: Path,
+    name: str,
+    files: Mapping[str, bytes],
+    manifest: Callable[[int, dict[str, str]], Manifest],
+) -> Path:
+    """Write the next version of a model and return its directory.
+
+    The bundle is written beside its place and renamed into it, so a version is there whole or not
+    at all, and versions that are there stay as they are. What a killed export leaves is a
+    directory whose name begins with a dot, which nothing reads.
+
+    Parameters
+    ----------
+    models
+        The folder of all models; made if it is not there.
+    name
+        The model's name.
+    files
+        The content of each of ``FILES``.
+    manifest
+        Makes the manifest from the version and the files' SHA-256.
+
+    Raises
+    ------
+    BundleError
+        If the name is not allowed or the folder cannot be written.
+    """
+    check_name(name)
+    sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    model = models / name
+    try:
+        model.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=model, prefix=".staging-"))
+    except OSError as error:
+        raise BundleError(f"cannot write to {model}: {error.strerror or error}") from None
+    try:
+        for file, content in files.items():
+            (staging / file).write_bytes(content)
+        staging.chmod(0o755)
+        while True:
+            version = max(versions(model), default=0) + 1
+            document = manifest(version, sums).model_dump_json(indent=2)
+            (staging / MANIFEST).write_text(document + "\n", encoding="utf-8")
+            place = model / str(version)
+            try:
+                staging.rename(place)
+            except OSError:
+                # Somebody else may have published this version in the meantime.
+                if not place.exists():
+                    raise
+            else:
+                return place
+    except OSError as error:
+        raise BundleError(f"cannot write to {model}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read(place: Path) -> Manifest:
+    """Read the manifest in ``models/NAME/VERSION`` and check it against its place.
+
+    Raises
+    ------
+    BundleError
+        If it is missing, damaged, of a newer schema, or of another name or version.
+    """
+    path = place / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"no readable {MANIFEST}: {error.strerror or error}") from None
+    try:
+        document = json.loads(text)
+        schema = document["schema_version"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        raise BundleError(f"{MANIFEST} is no JSON object with a schema_version") from None
+    if schema != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST} is of schema {schema!r}; this version of dropserve reads {SCHEMA_VERSION}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from None
+    if (manifest.name, str(manifest.version)) != (place.parent.name, place.name):
+        raise BundleError(
+            f"{MANIFEST} is of {manifest.name} version {manifest.version}, which is not its place"
+        )
+    if set(manifest.files) != set(FILES):
+        raise BundleError(f"{MANIFEST}: files must be {', '.join(FILES)}")
+    return manifest
+
+
+def read_file(place: Path, manifest: Manifest, file: str) -> bytes:
+    """Return the content of one of ``FILES``, which is what its SHA-256 says.
+
+    Raises
+    ------
+    BundleError
+        If it cannot be read or has changed.
+    """
+    path = place / file
+    # A link could lead out of the bundle.
+    if os.path.islink(path):
+        raise BundleError(f"{file} is a link, not a file")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
+    measured = hashlib.sha256(content).hexdigest()
+    if measured != manifest.files[file]:
+        raise BundleError(
+            f"{file} has changed: its SHA-256 is {measured[:12]}..., "
+            f"the manifest says {manifest.files[file][:12]}..."
+        )
+    return content

@@ -1,0 +1,114 @@
+"""Dropout sites in an ONNX graph, between the trace and the rewrites.
+
+A *site* is one place where dropout acts. The trace leaves a marker node there, which the two
+rewrites replace: ``predict_graph`` by a factor, ``stochastic_graph`` by a mask.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from model.dropout import SCALINGS, Scaling, factors, mask_shape
+
+# What torch.onnx.ops.symbolic takes as an attribute.
+Attribute = (
+    int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+)
+
+DOMAIN = "dropserve"
+MARKER = "DropoutSite"
+
+
+class ExportError(Exception):
+    """A network that cannot be exported; the message says which node and why."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One marker in a graph."""
+
+    name: str
+    p: float
+    scaling: Scaling
+    mask_shape: tuple[int, ...]  # of one pass, without the axis of row-passes
+    train_factor: float  # of kept units in train mode
+    eval_factor: float  # of all units in eval mode
+    node: ir.Node
+
+
+def batch_dimension(model: ir.Model) -> str:
+    """Return the name of the batch axis: the first dimension of the graph's one input."""
+    inputs = model.graph.inputs
+    if len(inputs) != 1 or len(model.graph.outputs) != 1:
+        raise ExportError(
+            f"the graph must have one input and one output, not {len(inputs)} and "
+            f"{len(model.graph.outputs)}"
+        )
+    shape = inputs[0].shape
+    if not shape or not isinstance(shape[0], ir.SymbolicDim) or shape[0].value is None:
+        raise ExportError(
+            f"the first axis of input {inputs[0].name!r} must be a named batch axis, not {shape}"
+        )
+    return shape[0].value
+
+
+def sites_of(model: ir.Model) -> tuple[Site, ...]:
+    """Return the sites of a traced model in the order in which they act.
+
+    Raises
+    ------
+    ExportError
+        If the batch is not the first axis at a site, or another axis of it varies.
+    """
+    batch = batch_dimension(model)
+    calls: Counter[str] = Counter()
+    found = []
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) != (DOMAIN, MARKER):
+            continue
+        if node.graph is not model.graph:
+            raise ExportError(f"node {node.name}: a dropout site inside a branch or loop")
+        module = node.attributes["name"].as_string()
+        name = call_name(module, calls[module])
+        calls[module] += 1
+        shape = node.outputs[0].shape
+        if shape is None or not shape.rank() or shape[0] != batch:
+            raise ExportError(f"dropout site {name}: the first axis must be the batch, not {shape}")
+        units = []
+        for dimension in shape[1:]:
+            if not isinstance(dimension, int):
+                raise ExportError(f"dropout site {name}: an axis of its input {shape} varies")
+            units.append(dimension)
+        # As text, because an ONNX float attribute would make 0.30000001192 of 0.3.
+        p = float(node.attributes["p"].as_string())
+        scaling = SCALINGS[node.attributes["scaling"].as_int()]
+        train_factor, eval_factor = factors(p, scaling)
+        found.append(
+            Site(
+                name=name,
+                p=p,
+                scaling=scaling,
+                mask_shape=mask_shape(
+                    tuple(units), channels=bool(node.attributes["channels"].as_int())
+                ),
+                train_factor=train_factor,
+                eval_factor=eval_factor,
+                node=node,
+            )
+        )
+    return tuple(found)
+
+
+def call_name(module: str, call: int) -> str:
+    """Name the site of a module's call; a module that is called again is a site of its own."""
+    return module if call == 0 else f"{module}:{call + 1}"
+
+
+def marker_attributes(
+    name: str, p: float, scaling: Scaling, *, channels: bool
+) -> dict[str, Attribute]:
+    """Return the attributes of a marker, as ``sites_of`` reads them."""
+    place = SCALINGS.index(scaling)
+    return {"name": name, "p": repr(p), "scaling": place, "channels": int(channels)}

@@ -1,0 +1,363 @@
+"""Hold the two exported graphs against torch, value by value, on real rows.
+
+Checked, in this order; the first that fails is a ``VerificationError``:
+
+1. two train-mode runs of the network with the same masks agree: else it has randomness that is no
+   site, and no exported graph could repeat it;
+2. neither graph holds a dropout or random operator;
+3. ``predict.onnx`` equals eval mode on every row;
+4. ``stochastic.onnx`` equals train mode with the same masks, every pass, for 1 row and for many;
+5. two seeds disagree, where a site drops anything.
+
+Measured and not judged: the expectation gap, the distance of the mean of many passes from eval
+mode. With ``classic`` and ``inverted`` it is zero where the network behind the sites is linear.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.bundle import PREDICT, STOCHASTIC, Verification
+from export.sites import ExportError, Site, call_name
+from export.stochastic_graph import ROWS, mask_input
+from export.trace import INPUT, swap_dropouts
+from model.dropout import CustomDropout
+
+Floats = NDArray[np.float32]
+Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]
+
+# Of outputs up to 1, and of the largest output where that is more.
+TOLERANCE = 1e-5
+RANDOM_OPERATORS = {
+    "Bernoulli",
+    "Dropout",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+SEED = 0
+MANY_ROWS = 64
+PASSES_OF_ONE_ROW = 100
+PASSES_OF_MANY_ROWS = 4
+GAP_ROWS = 64
+GAP_PASSES = 1000
+# Bounds the memory of one run.
+ROW_PASSES_AT_ONCE = 4096
+# A standard error below the rounding of float32 says nothing.
+SMALLEST_STANDARD_ERROR = 1e-6
+
+
+class VerificationError(ExportError):
+    """A graph that does not do what the network does; the message says which, where, how far."""
+
+
+class Replay(nn.Module):
+    """Stands in for a dropout layer and applies masks that were made elsewhere."""
+
+    def __init__(self, name: str, layer: CustomDropout, reference: "Reference") -> None:
+        super().__init__()
+        self.name, self.layer = name, layer
+        # In a list, so that torch does not take the reference for a part of this module.
+        self.reference = [reference]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the mask of this call, or the eval factor."""
+        reference = self.reference[0]
+        site = call_name(self.name, reference.calls[self.name])
+        reference.calls[self.name] += 1
+        if reference.masks is None:
+            factor = 1.0 if site == reference.without_factor else self.layer.eval_factor
+            return x * factor
+        return x * torch.from_numpy(reference.masks[site]) * self.layer.train_factor
+
+
+class Reference:
+    """The torch network, run with masks that come in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masks: Mapping[str, NDArray[np.bool_]] | None = None
+        self.without_factor: str | None = None
+        self.calls: Counter[str] = Counter()
+        self.model = swap_dropouts(model, lambda name, layer: Replay(name, layer, self))
+
+    @torch.no_grad()
+    def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
+        """Return eval mode's ``[B, C]``; optionally with one site's factor left out."""
+        self.model.eval()
+        self.masks, self.without_factor = None, without_factor
+        self.calls.clear()
+        return np.asarray(self.model(torch.from_numpy(x)))
+
+    @torch.no_grad()
+    def train_mode(self, x: Floats, masks: Masks) -> Floats:
+        """Return the passes' ``[N, C]``, for ``x [N, ...]`` and the masks of N passes.
+
+        Layers with running statistics stay in eval mode; all else is in train mode, so that
+        randomness that is no site shows.
+        """
+        self.model.train()
+        for module in self.model.modules():
+            if hasattr(module, "running_mean"):
+                module.eval()
+        self.masks = masks
+        self.calls.clear()
+        return np.asarray(self.model(torch.from_numpy(x)))
+
+
+class Graph:
+    """An exported graph in a session of its own."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name = name
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        # onnxruntime's own exceptions share no other base.
+        except Exception as error:
+            raise VerificationError(f"{name} does not load: {first_line(error)}") from error
+
+    def run(self, feed: Mapping[str, NDArray[np.generic]]) -> Floats:
+        """Return the graph's one output."""
+        try:
+            (output,) = self.session.run(None, dict(feed))
+        except Exception as error:
+            raise VerificationError(f"{self.name} does not run: {first_line(error)}") from error
+        return np.asarray(output, dtype=np.float32)
+
+    def passes(self, x: Floats, rows: NDArray[np.int64], masks: Masks) -> Floats:
+        """Return the passes' ``[N, C]`` of the train-mode graph."""
+        inputs = {mask_input(site): mask for site, mask in masks.items()}
+        return self.run({INPUT: x, ROWS: rows, **inputs})
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception of onnxruntime says, without its continuation."""
+    return str(error).strip().splitlines()[0]
+
+
+def verify(
+    model: nn.Module, sites: tuple[Site, ...], predict: bytes, stochastic: bytes, x: Floats
+) -> Verification:
+    """Check the two graphs of ``model`` on the rows ``x [B, ...]``.
+
+    Raises
+    ------
+    VerificationError
+        If a check fails.
+    """
+    reference = Reference(model)
+    check_no_other_randomness(reference, sites, x[:MANY_ROWS])
+    for name, content in ((PREDICT, predict), (STOCHASTIC, stochastic)):
+        check_operators(name, content)
+    predict_error = check_predict(reference, sites, Graph(PREDICT, predict), x)
+    graph = Graph(STOCHASTIC, stochastic)
+    stochastic_error = max(
+        check_stochastic(reference, sites, graph, x[:rows], passes)
+        for rows, passes in ((1, PASSES_OF_ONE_ROW), (MANY_ROWS, PASSES_OF_MANY_ROWS))
+    )
+    check_seeds_disagree(sites, graph, x[:1])
+    gap = expectation_gap(reference, sites, graph, x[:GAP_ROWS])
+    return Verification(
+        predict_error=predict_error,
+        predict_rows=len(x),
+        stochastic_error=stochastic_error,
+        stochastic_passes=PASSES_OF_ONE_ROW + PASSES_OF_MANY_ROWS * len(x[:MANY_ROWS]),
+        expectation_gap=float(np.sqrt((gap**2).mean())),
+        expectation_gap_largest=float(np.abs(gap).max()),
+        expectation_gap_passes=GAP_PASSES,
+    )
+
+
+def draw_masks(sites: tuple[Site, ...], passes: int, generator: np.random.Generator) -> Masks:
+    """Draw masks for N row-passes."""
+    return {
+        site.name: generator.random((passes, *site.mask_shape), dtype=np.float32) >= site.p
+        for site in sites
+    }
+
+
+def difference(measured: Floats, expected: Floats) -> float:
+    """Return the largest difference, relative to the largest output where that is more than 1."""
+    if measured.shape != expected.shape:
+        return float("inf")
+    distance = np.abs(measured.astype(np.float64) - expected).max()
+    # A NaN on either side is as far off as can be.
+    return float(np.nan_to_num(distance / max(1.0, np.abs(expected).max()), nan=np.inf))
+
+
+def check_no_other_randomness(reference: Reference, sites: tuple[Site, ...], x: Floats) -> None:
+    """Raise if two runs with the same masks differ, naming the module that makes the difference."""
+    masks = draw_masks(sites, len(x), np.random.default_rng(SEED))
+    outputs: list[list[tuple[str, list[Tensor], Tensor]]] = []
+
+    def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            if isinstance(output, Tensor):
+                tensors = [value.clone() for value in inputs if isinstance(value, Tensor)]
+                outputs[-1].append((name or type(module).__name__, tensors, output.clone()))
+
+        return module.register_forward_hook(hook)
+
+    handles = [record(name, module) for name, module in reference.model.named_modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                outputs.append([])
+                reference.train_mode(x, masks)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, second = outputs
+    # Modules report when they are done, so inner ones come first.
+    for (name, inputs, output), (_, other_inputs, other) in zip(first, second, strict=True):
+        if all(map(torch.equal, inputs, other_inputs)) and not torch.equal(output, other):
+            off = float((output - other).abs().max())
+            raise VerificationError(
+                f"module {name} has randomness that is no dropout site: two runs with the same "
+                f"masks differ by {off:.3g}; use a dropout layer instead of a function"
+            )
+
+
+def check_operators(name: str, content: bytes) -> None:
+    """Raise if a graph holds a dropout or random operator."""
+    for node in onnx.load_from_string(content).graph.node:
+        if node.op_type in RANDOM_OPERATORS:
+            raise VerificationError(f"{name}: node {node.name} is a {node.op_type}")
+
+
+def check_predict(reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats) -> float:
+    """Return how far the eval-mode graph is from torch; raise if too far."""
+    measured = graph.run({INPUT: x})
+    error = difference(measured, reference.eval_mode(x))
+    if error > TOLERANCE:
+        suspects = [
+            site.name
+            for site in sites
+            if site.eval_factor != 1.0
+            and difference(measured, reference.eval_mode(x, site.name)) <= TOLERANCE
+        ]
+        at = f"; the factor of site {suspects[0]} is left out" if suspects else ""
+        raise VerificationError(
+            f"{PREDICT} is off from eval mode by {error:.3g} (allowed: {TOLERANCE:g}){at}"
+        )
+    return error
+
+
+def check_stochastic(
+    reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats, passes: int
+) -> float:
+    """Return how far ``passes`` of each row are from torch with the same masks; raise if too far.
+
+    The passes come in random order, as those of several requests would.
+    """
+    generator = np.random.default_rng(SEED)
+    rows = generator.permutation(np.repeat(np.arange(len(x)), passes))
+    masks = draw_masks(sites, len(rows), generator)
+    error = difference(graph.passes(x, rows, masks), reference.train_mode(x[rows], masks))
+    if error > TOLERANCE:
+        raise VerificationError(
+            f"{STOCHASTIC} is off from train mode with the same masks by {error:.3g} "
+            f"(allowed: {TOLERANCE:g}), {len(x)} rows, {passes} passes each"
+            + blame(reference, sites, graph, x, rows, masks)
+        )
+    return error
+
+
+def blame(
+    reference: Reference,
+    sites: tuple[Site, ...],
+    graph: Graph,
+    x: Floats,
+    rows: NDArray[np.int64],
+    masks: Masks,
+) -> str:
+    """Say at which site the graph goes astray: where one site's mask alone makes a difference."""
+    keep_all = {site: np.ones_like(mask) for site, mask in masks.items()}
+    if difference(graph.passes(x, rows, keep_all), reference.train_mode(x[rows], keep_all)) > (
+        TOLERANCE
+    ):
+        return "; also with masks that keep every unit"
+    for site in sites:
+        one = {**keep_all, site.name: masks[site.name]}
+        error = difference(graph.passes(x, rows, one), reference.train_mode(x[rows], one))
+        if error > TOLERANCE:
+            return f"; at site {site.name} by {error:.3g}"
+    return ""
+
+
+def check_seeds_disagree(sites: tuple[Site, ...], graph: Graph, x: Floats) -> None:
+    """Raise if two seeds give the same passes though a site drops units."""
+    if all(site.p == 0.0 for site in sites):
+        return
+    rows = np.zeros(PASSES_OF_ONE_ROW, dtype=np.int64)
+    first, second = (
+        graph.passes(x, rows, draw_masks(sites, len(rows), np.random.default_rng(seed)))
+        for seed in (SEED, SEED + 1)
+    )
+    if np.array_equal(first, second):
+        raise VerificationError(f"{STOCHASTIC}: two seeds give the same {len(rows)} passes")
+
+
+def expectation_gap(
+    reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats
+) -> NDArray[np.float64]:
+    """Return ``(mean of passes - eval mode) / standard error``, ``[B, C]``."""
+    generator = np.random.default_rng(SEED)
+    at_once = max(1, ROW_PASSES_AT_ONCE // len(x))
+    samples = []
+    for start in range(0, GAP_PASSES, at_once):
+        passes = min(at_once, GAP_PASSES - start)
+        rows = np.tile(np.arange(len(x)), passes)
+        outputs = graph.passes(x, rows, draw_masks(sites, len(rows), generator))
+        samples.append(outputs.reshape(passes, len(x), -1))
+    values = np.concatenate(samples).astype(np.float64)  # [T, B, C]
+    expected = reference.eval_mode(x).astype(np.float64)
+    standard_error = values.std(axis=0, ddof=1) / np.sqrt(GAP_PASSES)
+    floor = SMALLEST_STANDARD_ERROR * np.maximum(1.0, np.abs(expected))
+    gap: NDArray[np.float64] = (values.mean(axis=0) - expected) / np.maximum(standard_error, floor)
+    return gap
+
+
+def describe(verification: Verification, sites: tuple[Site, ...]) -> str:
+    """Say what was measured, and what an expectation gap means."""
+    v = verification
+    return "\n".join(
+        (
+            f"predict.onnx     equals eval mode within {v.predict_error:.1e}, "
+            f"{v.predict_rows} rows",
+            f"stochastic.onnx  equals train mode with the same masks within "
+            f"{v.stochastic_error:.1e}, {v.stochastic_passes} passes",
+            f"expectation gap  {v.expectation_gap:.1f} standard errors of the mean of "
+            f"{v.expectation_gap_passes} passes (largest {v.expectation_gap_largest:.1f}): "
+            + meaning(v.expectation_gap, sites),
+        )
+    )
+
+
+def meaning(gap: float, sites: tuple[Site, ...]) -> str:
+    """Say what an expectation gap (root mean square, in standard errors) means."""
+    # Chance alone gives 1 over the hundreds of outputs tested, and stays well below this.
+    if gap < 1.5:
+        return "the passes scatter around what eval mode answers"
+    if any(site.scaling == "double" and site.p > 0.0 for site in sites):
+        return (
+            "eval mode is scaled down once more at each site and answers something else than "
+            "the passes; trust the mean of the passes, or train with 'classic' or 'inverted'"
+        )
+    return (
+        "the network behind the sites is not linear, so the mean of the passes is not quite "
+        "what eval mode answers"
+    )
