@@ -1,0 +1,125 @@
+"""What is built once and shared by all tests: bundles made by the real commands, real services."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 60
+# The models that the tests serve: the data and options they are trained with.
+TRAINED = {
+    "digits": ["--data", "digits"],
+    "double": ["--data", "digits", "--scaling", "double", "--p", "0.3", "--epochs", "10"],
+    "diabetes": ["--data", "diabetes"],
+}
+
+Serve = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``runs/NAME``, ``models/NAME/1`` and ``NAME.log``, the commands' output.
+
+    The workers of a parallel run share it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "built"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            for name, options in TRAINED.items():
+                build(folder, name, options)
+            (folder / "done").touch()
+    return folder
+
+
+def build(folder: Path, name: str, options: list[str]) -> None:
+    """Train and export one model."""
+    checkpoint = str(folder / "runs" / name)
+    log = []
+    for command in (
+        ["model", "train", *options, "--out", checkpoint],
+        ["export", checkpoint, "--models", str(folder / "models")],
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+        log.append(done.stdout + done.stderr)
+    (folder / f"{name}.log").write_text("".join(log))
+
+
+@contextmanager
+def service(models: Path, **environment: str) -> Iterator[httpx.Client]:
+    """Run the real service on a free port, until the block ends; yield a client of it."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app", "--models", str(models), "--port", "0"],
+            cwd=ROOT,
+            env=os.environ | {"DROPSERVE_DEBUG": "1", "DROPSERVE_DEVICE": "cpu"} | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            url = wait_for_url(process, log.fileno())
+            with httpx.Client(base_url=url, timeout=60) as client:
+                client.headers["x-test-pid"] = str(process.pid)
+                yield client
+        finally:
+            process.terminate()
+            process.wait(timeout=START_SECONDS)
+            log.seek(0)
+            print(log.read())
+
+
+def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
+    """Return the address that a starting service says it listens on."""
+    import time
+
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        text = os.pread(log, 1 << 20, 0).decode()
+        if found := re.search(r"running on (http://\S+)", text):
+            return found[1]
+        time.sleep(0.05)
+    raise AssertionError(f"the service did not start: {os.pread(log, 1 << 20, 0).decode()}")
+
+
+@pytest.fixture(scope="session")
+def client(built: Path) -> Iterator[httpx.Client]:
+    """A client of a service with all models, the debug endpoint on."""
+    with service(built / "models") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def examples(built: Path) -> Callable[[str], list[object]]:
+    """Real inputs of a model."""
+
+    def inputs(name: str) -> list[object]:
+        rows = json.loads((built / "models" / name / "1" / "examples.json").read_text())
+        return [row["input"] for row in rows]
+
+    return inputs

@@ -1,0 +1,205 @@
+"""Bundles are written whole or not at all, and read only as they were written."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export import bundle
+from export.bundle import BundleError
+
+FILES = {bundle.PREDICT: b"predict", bundle.STOCHASTIC: b"stochastic", bundle.EXAMPLES: b"[]"}
+
+
+def manifest(name: str, version: int, sums: dict[str, str]) -> bundle.Manifest:
+    return bundle.Manifest(
+        name=name,
+        version=version,
+        task="classification",
+        input=bundle.Input(
+            name="x", shape=(2,), features=("a", "b"), feature_ranges=((0, 1),) * 2, range=(0, 1)
+        ),
+        outputs=bundle.Outputs(name="output", labels=("no", "yes"), units=None),
+        preprocessing="none",
+        sites=(
+            bundle.DropoutSite(
+                name="drop",
+                p=0.5,
+                scaling="classic",
+                mask_input="mask.drop",
+                mask_shape=(3,),
+                folded=True,
+            ),
+        ),
+        noise_std=None,
+        provenance=bundle.Provenance(
+            data="coins",
+            seed=0,
+            packages={"torch": "1"},
+            metrics={"eval": {"accuracy": 1.0}},
+            verification=bundle.Verification(
+                predict_error=0,
+                predict_rows=1,
+                stochastic_error=0,
+                stochastic_passes=1,
+                expectation_gap=1,
+                expectation_gap_largest=2,
+                expectation_gap_passes=1000,
+            ),
+        ),
+        files=sums,
+    )
+
+
+def publish(models: Path, name: str = "coins") -> Path:
+    return bundle.publish(models, name, FILES, lambda version, sums: manifest(name, version, sums))
+
+
+def test_a_published_bundle_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    place = publish(tmp_path / "new" / "models")
+    assert place == tmp_path / "new" / "models" / "coins" / "1"
+    read = bundle.read(place)
+    sums = {file: hashlib.sha256(content).hexdigest() for file, content in FILES.items()}
+    assert read == manifest("coins", 1, sums)
+    for file, content in FILES.items():
+        assert bundle.read_file(place, read, file) == content
+
+
+def test_publishing_again_makes_the_next_version_and_leaves_the_first_alone(tmp_path: Path) -> None:
+    first = publish(tmp_path)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.iterdir()}
+    assert publish(tmp_path).name == "2"
+    assert bundle.versions(tmp_path / "coins") == [1, 2]
+    assert before == {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.iterdir()
+    }
+
+
+def test_a_version_that_somebody_else_publishes_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    def late(version: int, sums: dict[str, str]) -> bundle.Manifest:
+        if version == 1:
+            publish(tmp_path)
+        return manifest("coins", version, sums)
+
+    assert bundle.publish(tmp_path, "coins", FILES, late).name == "2"
+    assert [bundle.read(tmp_path / "coins" / v).version for v in ("1", "2")] == [1, 2]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(_: int, __: dict[str, str]) -> bundle.Manifest:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        bundle.publish(tmp_path, "coins", FILES, fail)
+    assert list((tmp_path / "coins").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from export import bundle
+files = {name: b"x" for name in bundle.FILES}
+bundle.publish(Path(sys.argv[1]), "coins", files, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_an_export_that_is_killed_leaves_no_version(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert done.returncode == -9
+    assert bundle.versions(tmp_path / "coins") == []
+    assert publish(tmp_path).name == "1"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=r"^cannot write to .*file/coins: Not a directory$"):
+        publish(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a b", ".hidden", "a" * 65, "é"])
+def test_a_name_that_could_lead_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="a model's name must be letters, digits"):
+        publish(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_suffix_of_uncertainty_models_is_reserved(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"must not end in '\.mc': 'coins\.mc'"):
+        publish(tmp_path, "coins.mc")
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(0, 6), st.integers(0, 7), st.sampled_from(bundle.FILES))
+def test_a_file_with_one_bit_changed_is_refused(byte: int, bit: int, file: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = publish(Path(folder))
+        read = bundle.read(place)
+        content = bytearray(FILES[file])
+        byte %= len(content)
+        content[byte] ^= 1 << bit
+        (place / file).write_bytes(content)
+        with pytest.raises(BundleError, match=f"^{file} has changed: its SHA-256 is "):
+            bundle.read_file(place, read, file)
+
+
+def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    place = publish(tmp_path)
+    outside = tmp_path / "outside"
+    (place / bundle.PREDICT).rename(outside)
+    (place / bundle.PREDICT).symlink_to(outside)
+    with pytest.raises(BundleError, match=r"^predict.onnx is a link, not a file$"):
+        bundle.read_file(place, bundle.read(place), bundle.PREDICT)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    place = publish(tmp_path)
+    (place / bundle.STOCHASTIC).unlink()
+    with pytest.raises(BundleError, match=r"^stochastic.onnx cannot be read: No such file"):
+        bundle.read_file(place, bundle.read(place), bundle.STOCHASTIC)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"schema_version": 2},
+            r"^manifest.json is of schema 2; this version of dropserve reads 1",
+        ),
+        ({"name": "other"}, r"^manifest.json is of other version 1, which is not its place$"),
+        ({"version": 7}, r"^manifest.json is of coins version 7, which is not its place$"),
+        ({"task": "poetry"}, r"^manifest.json: task: Input should be 'classification' or"),
+        ({"surprise": 1}, r"^manifest.json: surprise: Extra inputs are not permitted$"),
+        ({"files": {"../x": "0"}}, r"^manifest.json: files must be predict.onnx, stochastic.onnx"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(
+    tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    place = publish(tmp_path)
+    path = place / bundle.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=says):
+        bundle.read(place)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "null", "[" * 100_000])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    place = publish(tmp_path)
+    (place / bundle.MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"^manifest.json is no JSON object with a schema"):
+        bundle.read(place)
+
+
+def test_what_is_no_version_is_not_listed(tmp_path: Path) -> None:
+    publish(tmp_path)
+    for name in ("0", "01", "x", ".staging-x", "-1", "1.5"):
+        (tmp_path / "coins" / name).mkdir()
+    (tmp_path / "coins" / "3").touch()
+    assert bundle.versions(tmp_path / "coins") == [1]
