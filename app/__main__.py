@@ -1,6 +1,7 @@
 """``python -m app``: serve a folder of bundles."""
 
 import logging
+import socket
 import sys
 
 import uvicorn
@@ -11,6 +12,9 @@ from app.api import application
 from app.errors import StartError
 from app.service import Service, load_engines
 from app.settings import Settings
+
+# Connections that wait to be taken; more than a burst of clients opens at once.
+BACKLOG = 2048
 
 log = logging.getLogger("app")
 
@@ -40,8 +44,20 @@ def main() -> int:
         max_row_passes=settings.max_row_passes,
     )
     app = application.create(service, debug=settings.debug, max_body_bytes=settings.max_body_bytes)
-    uvicorn.run(app, host=settings.host, port=settings.port)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
+        return 1
+    log.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
+    uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning")).run([listener])
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the port, before anything is said to be there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ without an error when a CUDA library is absent. So the session is asked what it 
 
 import contextlib
 import ctypes
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -47,9 +48,10 @@ def open_session(
     wanted = PROVIDERS[device][0]
     if device != "cpu":
         check_present(device, wanted)
-        onnxruntime.preload_dlls()
     # Here an absent library is no news for the log: the caller gets it as an error.
     with quiet_log():
+        if device != "cpu":
+            onnxruntime.preload_dlls()
         session = onnxruntime.InferenceSession(graph, options, providers=PROVIDERS[device])
     if wanted not in session.get_providers():
         raise DeviceUnavailable(f"device {device}: {wanted} did not load: {why(wanted)}")
@@ -84,9 +86,10 @@ def load_fault(library: str) -> str | None:
 
 @contextlib.contextmanager
 def quiet_log() -> Iterator[None]:
-    """Silence onnxruntime's own log for a while."""
+    """Silence onnxruntime's own log, and what its Python part prints, for a while."""
     onnxruntime.set_default_logger_severity(FATAL)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         onnxruntime.set_default_logger_severity(WARNING)

@@ -1,7 +1,6 @@
 """Turn the ``inputs`` of a request, nested lists of JSON numbers, into an array."""
 
 import math
-from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
@@ -36,15 +35,16 @@ def rows_from_lists(
         values = np.array(flat, dtype=np.float64)
         if (np.abs(values) <= LARGEST).all():
             return values.astype(np.float32).reshape(len(inputs), *shape)
-    raise next(bad_values(inputs, "inputs"))
+    for number, row in enumerate(inputs):
+        check_numbers(row, 1 if is_flat(row, shape) else len(shape), f"inputs.{number}")
+    raise AssertionError("a value is no number, yet none was found")
 
 
 def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:
     """Return a row's values in order, refusing any other shape."""
     if not isinstance(row, list):
         raise InputError(path, f"must be a list of {describe(shape)}, not {kind(row)}")
-    # A row of numbers may be flat whatever the shape.
-    if len(shape) == 1 or not (row and isinstance(row[0], list)):
+    if is_flat(row, shape):
         if len(row) != math.prod(shape):
             raise InputError(path, f"must hold {describe(shape)}, not {len(row)} values")
         return row
@@ -72,15 +72,20 @@ def nested_part(part: object, shape: tuple[int, ...], path: str) -> list[object]
     )
 
 
-def bad_values(value: object, path: str) -> Iterator[InputError]:
-    """Find the values that are no float32 numbers."""
-    if isinstance(value, list):
+def is_flat(row: object, shape: tuple[int, ...]) -> bool:
+    """Tell whether a row lists its numbers flat: it may, whatever the shape."""
+    return len(shape) == 1 or not (isinstance(row, list) and row and isinstance(row[0], list))
+
+
+def check_numbers(value: object, depth: int, path: str) -> None:
+    """Raise InputError where a list, ``depth`` deep, holds what is no float32 number."""
+    if depth > 0 and isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from bad_values(inner, f"{path}.{number}")
-    elif type(value) not in NUMBERS:
-        yield InputError(path, f"must be a number, not {kind(value)}")
-    elif abs(value) > LARGEST:  # type: ignore[arg-type] # a number, as the line above made sure
-        yield InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
+            check_numbers(inner, depth - 1, f"{path}.{number}")
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(path, f"must be a number, not {kind(value)}")
+    elif not abs(value) <= LARGEST:  # NaN, too
+        raise InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
 
 
 def describe(shape: tuple[int, ...]) -> str:

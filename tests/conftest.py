@@ -101,7 +101,7 @@ def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         text = os.pread(log, 1 << 20, 0).decode()
-        if found := re.search(r"running on (http://\S+)", text):
+        if found := re.search(r"listening on (http://\S+)", text):
             return found[1]
         time.sleep(0.05)
     raise AssertionError(f"the service did not start: {os.pread(log, 1 << 20, 0).decode()}")

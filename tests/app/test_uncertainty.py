@@ -1,0 +1,156 @@
+"""Each statistic against its definition, computed another way, and its bounds."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from scipy import stats
+
+from app import uncertainty
+
+Samples = NDArray[np.float32]
+quick = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+@st.composite
+def logits(draw: st.DrawFn) -> Samples:
+    shape = draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=5))
+    # Saturated probabilities, down to exact zeros, belong to the cases.
+    values = st.floats(-200, 200, width=32)
+    return draw(hnp.arrays(np.float32, shape, elements=values))
+
+
+def probabilities(seed: int = 0, passes: int = 40) -> Samples:
+    z = np.random.default_rng(seed).normal(0, 2, (passes, 3, 4)).astype(np.float32)
+    return uncertainty.softmax(z)
+
+
+@quick
+@given(logits())
+def test_probabilities_are_in_bounds_and_sum_to_1(z: Samples) -> None:
+    p = uncertainty.softmax(z)
+    assert p.dtype == np.float32
+    assert ((p >= 0) & (p <= 1)).all()
+    np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-6)
+
+
+def test_softmax_by_value() -> None:
+    p = uncertainty.softmax(np.array([[0, math.log(2), math.log(5)]], np.float32))
+    np.testing.assert_allclose(p, [[1 / 8, 2 / 8, 5 / 8]], rtol=1e-6)
+
+
+def test_moments_by_value() -> None:
+    samples = np.array([1, 2, 3, 6], np.float32).reshape(4, 1, 1)
+    m = uncertainty.moments(samples, level=0.5)
+    assert m.mean == 3.0
+    # Squared distances 4, 1, 0 and 9, divided by T - 1 = 3.
+    np.testing.assert_allclose(m.std, math.sqrt(14 / 3))
+    np.testing.assert_allclose(m.standard_error, math.sqrt(14 / 3) / 2)
+    # A quarter and three quarters of the way along the sorted values.
+    assert (m.lower.item(), m.upper.item()) == (1.75, 3.75)
+
+
+def test_one_pass_has_no_spread_and_an_unknown_standard_error() -> None:
+    m = uncertainty.moments(probabilities(passes=1), level=0.9)
+    assert (m.std == 0).all()
+    assert np.isnan(m.standard_error).all()
+    assert np.array_equal(m.lower, m.mean)
+    assert np.array_equal(m.upper, m.mean)
+
+
+@quick
+@given(logits(), st.floats(0.01, 0.99))
+def test_the_interval_holds_the_median_and_lies_within_the_samples(
+    z: Samples, level: float
+) -> None:
+    m = uncertainty.moments(z, level)
+    median = np.median(z.astype(np.float64), axis=0)
+    # Interpolation rounds.
+    slack = 1e-12 * np.abs(z).max()
+    assert (z.min(axis=0) - slack <= m.lower).all()
+    assert (m.lower <= median + slack).all()
+    assert (median <= m.upper + slack).all()
+    assert (m.upper <= z.max(axis=0) + slack).all()
+
+
+def test_entropies_equal_scipys() -> None:
+    samples = probabilities()
+    e = uncertainty.entropies(samples)
+    mean = samples.astype(float).mean(axis=0)
+    # scipy divides by the sum, which is 1 within the rounding of float32.
+    np.testing.assert_allclose(e.predictive_entropy, stats.entropy(mean, axis=1), rtol=1e-6)
+    expected = stats.entropy(samples.astype(float), axis=2).mean(axis=0)
+    np.testing.assert_allclose(e.expected_entropy, expected, rtol=1e-6)
+    # Mutual information is also the mean divergence of the passes from their mean.
+    divergence = stats.entropy(samples.astype(float), mean[None], axis=2).mean(axis=0)
+    np.testing.assert_allclose(e.mutual_information, divergence, rtol=1e-4)
+
+
+@quick
+@given(logits())
+def test_entropies_keep_their_bounds(z: Samples) -> None:
+    passes, _, classes = z.shape
+    e = uncertainty.entropies(uncertainty.softmax(z))
+    assert (e.mutual_information >= 0).all()
+    assert (e.expected_entropy >= 0).all()
+    assert (e.predictive_entropy <= math.log(classes) + 1e-6).all()
+    assert (e.mutual_information <= math.log(min(passes, classes)) + 1e-6).all()
+    np.testing.assert_allclose(
+        e.predictive_entropy, e.expected_entropy + e.mutual_information, atol=1e-12
+    )
+    assert ((e.variation_ratio >= 0) & (e.variation_ratio <= 1 - 1 / classes + 1e-12)).all()
+
+
+def test_passes_that_agree_have_no_mutual_information() -> None:
+    same = np.repeat(probabilities(passes=1), 30, axis=0)
+    e = uncertainty.entropies(same)
+    assert (e.mutual_information < 1e-12).all()
+    assert (e.variation_ratio == 0).all()
+
+
+def test_passes_that_are_sure_of_different_classes_have_nothing_but_mutual_information() -> None:
+    sure = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]][:, None, :]
+    e = uncertainty.entropies(sure)
+    half_and_two_quarters = 0.5 * math.log(2) + 0.5 * math.log(4)
+    np.testing.assert_allclose(e.predictive_entropy, half_and_two_quarters)
+    assert e.expected_entropy == 0
+    np.testing.assert_allclose(e.mutual_information, half_and_two_quarters)
+    assert e.variation_ratio == 0.5
+
+
+def test_spreads_of_model_and_data_add_in_squares() -> None:
+    samples = np.random.default_rng(0).normal(size=(50, 2, 2)).astype(np.float32)
+    m = uncertainty.moments(samples, 0.9)
+    s = uncertainty.spreads(m, [3.0, 4.0])
+    assert np.array_equal(s.epistemic_std, samples.std(axis=0, ddof=1, dtype=np.float64))
+    assert s.aleatoric_std.tolist() == [[3.0, 4.0]] * 2
+    np.testing.assert_allclose(s.total_std**2, s.epistemic_std**2 + [[9.0, 16.0]] * 2)
+
+
+def test_the_expectation_gap_is_in_standard_errors() -> None:
+    samples = np.array([1, 2, 3, 6], np.float32).reshape(4, 1, 1)
+    m = uncertainty.moments(samples, 0.9)
+    gap = uncertainty.expectation_gap(m, np.array([[2.0]], np.float32))
+    np.testing.assert_allclose(gap, 1 / (math.sqrt(14 / 3) / 2))
+
+
+def test_the_expectation_gap_of_equal_passes_is_what_rounding_leaves() -> None:
+    samples = np.full((10, 1, 1), 100.0, np.float32)
+    gap = uncertainty.expectation_gap(
+        uncertainty.moments(samples, 0.9), np.array([[100.00001]], np.float32)
+    )
+    assert np.abs(gap).max() < 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_joined_summaries_are_the_summary_of_all_rows(size: int) -> None:
+    samples = probabilities()
+    groups = [samples[:, start : start + size] for start in range(0, 3, size)]
+    joined = uncertainty.join([uncertainty.entropies(group) for group in groups])
+    whole = uncertainty.entropies(samples)
+    for name, values in vars(whole).items():
+        np.testing.assert_allclose(getattr(joined, name), values, atol=1e-12)

@@ -1,0 +1,174 @@
+"""How the service starts, and how it refuses to."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, run, service
+from tests.end_to_end.test_bad_input import memory
+
+WITHOUT_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "sklearn", "model"):
+            raise AssertionError(f"the service imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+from pathlib import Path
+from app.__main__ import main
+from app.api import application
+from app.service import Query, Service, load_engines
+
+service = Service(
+    load_engines(Path(sys.argv[1]), "cpu"), max_rows=9, max_passes=999, max_row_passes=9999
+)
+application.create(service, debug=True, max_body_bytes=1).openapi()
+query = Query([[0.0] * 64], "digits", None, passes=10, seed=1, interval=0.5)
+print(service.predict([[0.0] * 64], "digits", None)["model"], service.debug(query)["passes"])
+"""
+
+
+def test_the_service_never_imports_torch(built: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(built / "models")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "digits 10\n", done.stderr
+
+
+def test_a_service_of_digits_needs_less_than_200_megabytes(
+    built: Path, tmp_path: Path, examples: Callable[[str], list[Any]]
+) -> None:
+    shutil.copytree(built / "models" / "digits", tmp_path / "digits")
+    with service(tmp_path) as client:
+        body = {"inputs": examples("digits")}
+        for route in ("/predict", "/uncertainty", "/debug/mc"):
+            assert client.post(route, json=body).status_code == 200
+        assert memory(client, "VmHWM") < 200e6
+
+
+def refused(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Start the service, which must refuse; return its status and what it says."""
+    done = run("app", *arguments, **environment)
+    return done.returncode, done.stderr.strip()
+
+
+def test_a_device_that_is_not_to_be_had_is_an_error_at_start(built: Path) -> None:
+    models = str(built / "models")
+    # An empty list of devices: also where there is a GPU, none can be used.
+    status, says = refused("--models", models, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert status == 1
+    (line,) = [line for line in says.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: device cuda: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "x"], "--port: Input should be a valid integer"),
+        (["--port", "70000"], "--port: Input should be less than or equal to 65535"),
+        (["--device", "tpu"], "--device: Input should be 'auto', 'cpu', 'cuda' or 'tensorrt'"),
+        (["--max-rows", "0"], "--max-rows: Input should be greater than or equal to 1"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_an_option_that_is_not_allowed_is_one_line_and_status_2(
+    arguments: list[str], says: str
+) -> None:
+    status, line = refused(*arguments)
+    assert status == 2
+    assert line.startswith(f"python -m app: error: {says}")
+    assert "\n" not in line
+
+
+def test_an_environment_variable_that_is_not_allowed_is_one_line_and_status_2() -> None:
+    status, line = refused(DROPSERVE_MAX_PASSES="many")
+    assert (status, line.splitlines()) == (2, [line])
+    assert line.startswith("python -m app: error: --max-passes: Input should be a valid integer")
+
+
+def test_a_models_folder_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None:
+    status, line = refused("--models", str(tmp_path / "none"))
+    assert status == 1
+    assert line == (
+        f"error: the models folder '{tmp_path / 'none'}' cannot be read: No such file or directory"
+    )
+
+
+def test_an_empty_models_folder_is_one_line_and_status_1(tmp_path: Path) -> None:
+    status, line = refused("--models", str(tmp_path))
+    assert (status, line) == (
+        1,
+        f"error: the models folder '{tmp_path}' holds no bundle that can be served",
+    )
+
+
+def test_a_port_that_is_taken_is_said(built: Path) -> None:
+    with service(built / "models") as client:
+        port = str(client.base_url.port)
+        status, says = refused("--models", str(built / "models"), "--port", port)
+    assert status == 1
+    (line,) = [line for line in says.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: cannot listen: Address already in use (while attempting to bind")
+    assert port in line
+
+
+def test_bundles_that_cannot_be_trusted_are_refused_and_the_others_served(
+    built: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    digits = built / "models" / "digits" / "1"
+    for name in ("good", "changed", "newer", "unloadable", "halved"):
+        shutil.copytree(digits, tmp_path / name / "1")
+    for name in ("good", "changed", "newer", "unloadable", "halved"):
+        rewrite(tmp_path / name / "1", name=name)
+    flip = tmp_path / "changed" / "1" / "stochastic.onnx"
+    flip.write_bytes(flip.read_bytes()[:-1] + b"\0")
+    rewrite(tmp_path / "newer" / "1", schema_version=2)
+    (tmp_path / "unloadable" / "1" / "predict.onnx").write_bytes(b"no graph")
+    rewrite(tmp_path / "unloadable" / "1")
+    shutil.copy(digits / "predict.onnx", tmp_path / "halved" / "1" / "stochastic.onnx")
+    rewrite(tmp_path / "halved" / "1")
+    # Neither is a model: what a killed export left, and what somebody put there.
+    (tmp_path / "good" / ".staging-x").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with service(tmp_path) as client:
+        assert client.get("/health/ready").json()["models"] == {"good": [1]}
+        # The only model there is needs no name.
+        assert client.post("/predict", json={"inputs": [[0] * 64]}).status_code == 200
+    lines = capfd.readouterr().out.splitlines()
+    said = sorted(line for line in lines if line.startswith("ERROR: refused"))
+    assert [line.split(":")[1].strip() for line in said] == [
+        "refused changed version 1",
+        "refused halved version 1",
+        "refused newer version 1",
+        "refused unloadable version 1",
+    ]
+    assert "stochastic.onnx has changed: its SHA-256 is" in said[0]
+    assert "stochastic.onnx takes x; its manifest says mask.network.dropouts.0" in said[1]
+    assert "manifest.json is of schema 2" in said[2]
+    assert "predict.onnx does not load" in said[3]
+
+
+def rewrite(place: Path, **change: object) -> None:
+    """Write a manifest that is true of the files beside it, with something changed."""
+    import hashlib
+
+    path = place / "manifest.json"
+    manifest = json.loads(path.read_text())
+    sums = {
+        name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in manifest["files"]
+    }
+    if not change:
+        change = {"files": sums}
+    path.write_text(json.dumps(manifest | change))
