@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--hidden", type=widths, default=(256, 256), help="widths of the layers")
     train.add_argument("--p", type=probability, default=0.5, help="share of units dropped")
     train.add_argument("--scaling", choices=SCALINGS, default="classic", help="who scales when")
-    train.add_argument("--epochs", type=positive, default=training.TrainingConfig.epochs, help="epochs at most")
+    train.add_argument(
+        "--epochs", type=positive, default=training.TrainingConfig.epochs, help="epochs at most"
+    )
     train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
     train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
     return top

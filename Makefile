@@ -1,0 +1,42 @@
+# One target a task. `make run` and `make test` need nothing but Python 3.11, pip and a shell.
+# One onnxruntime: with CUDA's libraries where there is an NVIDIA driver, the same package on its
+# CPU provider on other Linux x86-64 machines, the CPU package elsewhere.
+RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wildcard /proc/driver/nvidia/version),cuda,gpu),cpu)
+PYTHON := .venv/bin/python
+
+.PHONY: run setup test check format bench scaling-table lock
+run: models/digits
+	DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
+
+models/digits: runs/digits
+	$(PYTHON) -m export runs/digits --models models
+
+runs/digits: | setup
+	$(PYTHON) -m model train --data digits --out runs/digits
+
+setup: .venv/$(RUNTIME)
+
+.venv/%: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,train,dev]'
+	touch $@
+
+test: setup
+	$(PYTHON) -m pytest
+
+check: setup
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: setup
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+scaling-table: setup
+	$(PYTHON) -m benchmarks.scaling_table
+
+lock: setup
+	$(PYTHON) -m piptools compile --quiet --strip-extras --all-extras --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml
+	sed -i 's/+cpu$$//' constraints.txt
