@@ -16,8 +16,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
 Samples = NDArray[np.float32]
+Floats = NDArray[np.float64]
+# Computed as float64; float32 once ``join`` has put it together.
+Statistic = NDArray[np.float32] | NDArray[np.float64]
 
 # A standard error below the rounding of float32 says nothing.
 SMALLEST_STANDARD_ERROR = 1e-6
@@ -27,30 +29,30 @@ SMALLEST_STANDARD_ERROR = 1e-6
 class Moments:
     """What the passes say of each output, ``[B, C]`` each."""
 
-    mean: Floats
-    std: Floats
-    standard_error: Floats
-    lower: Floats
-    upper: Floats
+    mean: Statistic
+    std: Statistic
+    standard_error: Statistic
+    lower: Statistic
+    upper: Statistic
 
 
 @dataclass(frozen=True)
 class Spreads:
     """What the passes say of a value, ``[B, C]`` each, in the target's units."""
 
-    epistemic_std: Floats
-    aleatoric_std: Floats
-    total_std: Floats
+    epistemic_std: Statistic
+    aleatoric_std: Statistic
+    total_std: Statistic
 
 
 @dataclass(frozen=True)
 class Entropies:
     """What the passes say of the class, ``[B]`` each; entropies in nats."""
 
-    predictive_entropy: Floats
-    expected_entropy: Floats
-    mutual_information: Floats
-    variation_ratio: Floats
+    predictive_entropy: Statistic
+    expected_entropy: Statistic
+    mutual_information: Statistic
+    variation_ratio: Statistic
 
 
 Summary = TypeVar("Summary", Moments, Spreads, Entropies)
@@ -135,8 +137,9 @@ def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
 
 
 def join(parts: Sequence[Summary]) -> Summary:
-    """Put the summaries of groups of rows together, in order."""
+    """Put the summaries of groups of rows together, in order, as precise as the samples were."""
     columns = (
-        np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])
+        np.concatenate([getattr(part, field.name) for part in parts], dtype=np.float32)
+        for field in fields(parts[0])
     )
     return type(parts[0])(*columns)

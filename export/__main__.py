@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 
 from export import bundle, predict_graph, stochastic_graph, trace, verify
+from export.reference import TorchReference
 from export.sites import ExportError, sites_of
 from model import checkpoint
 from model.commandline import OneLineParser
@@ -42,9 +43,8 @@ def export(run: Path, models: Path, name: str) -> Path:
         bundle.STOCHASTIC: serialize(stochastic_graph.build(traced)),
         bundle.EXAMPLES: examples(trained),
     }
-    measured = verify.verify(
-        trained.model, sites, files[bundle.PREDICT], files[bundle.STOCHASTIC], x
-    )
+    reference = TorchReference(trained.model)
+    measured = verify.verify(reference, sites, files[bundle.PREDICT], files[bundle.STOCHASTIC], x)
     print(verify.describe(measured, sites))
 
     def manifest(version: int, sums: dict[str, str]) -> bundle.Manifest:

@@ -13,24 +13,17 @@ Measured and not judged: the expectation gap, the distance of the mean of many p
 mode. With ``classic`` and ``inverted`` it is zero where the network behind the sites is linear.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from export.bundle import PREDICT, STOCHASTIC, Verification
-from export.sites import ExportError, Site, call_name
+from export.reference import Floats, Masks, Reference, VerificationError
+from export.sites import Site
 from export.stochastic_graph import ROWS, mask_input
-from export.trace import INPUT, swap_dropouts
-from model.dropout import CustomDropout
-
-Floats = NDArray[np.float32]
-Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]
 
 # Of outputs up to 1, and of the largest output where that is more.
 TOLERANCE = 1e-5
@@ -55,63 +48,6 @@ ROW_PASSES_AT_ONCE = 4096
 SMALLEST_STANDARD_ERROR = 1e-6
 
 
-class VerificationError(ExportError):
-    """A graph that does not do what the network does; the message says which, where, how far."""
-
-
-class Replay(nn.Module):
-    """Stands in for a dropout layer and applies masks that were made elsewhere."""
-
-    def __init__(self, name: str, layer: CustomDropout, reference: "Reference") -> None:
-        super().__init__()
-        self.name, self.layer = name, layer
-        # In a list, so that torch does not take the reference for a part of this module.
-        self.reference = [reference]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the mask of this call, or the eval factor."""
-        reference = self.reference[0]
-        site = call_name(self.name, reference.calls[self.name])
-        reference.calls[self.name] += 1
-        if reference.masks is None:
-            factor = 1.0 if site == reference.without_factor else self.layer.eval_factor
-            return x * factor
-        return x * torch.from_numpy(reference.masks[site]) * self.layer.train_factor
-
-
-class Reference:
-    """The torch network, run with masks that come in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.masks: Mapping[str, NDArray[np.bool_]] | None = None
-        self.without_factor: str | None = None
-        self.calls: Counter[str] = Counter()
-        self.model = swap_dropouts(model, lambda name, layer: Replay(name, layer, self))
-
-    @torch.no_grad()
-    def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
-        """Return eval mode's ``[B, C]``; optionally with one site's factor left out."""
-        self.model.eval()
-        self.masks, self.without_factor = None, without_factor
-        self.calls.clear()
-        return np.asarray(self.model(torch.from_numpy(x)))
-
-    @torch.no_grad()
-    def train_mode(self, x: Floats, masks: Masks) -> Floats:
-        """Return the passes' ``[N, C]``, for ``x [N, ...]`` and the masks of N passes.
-
-        Layers with running statistics stay in eval mode; all else is in train mode, so that
-        randomness that is no site shows.
-        """
-        self.model.train()
-        for module in self.model.modules():
-            if hasattr(module, "running_mean"):
-                module.eval()
-        self.masks = masks
-        self.calls.clear()
-        return np.asarray(self.model(torch.from_numpy(x)))
-
-
 class Graph:
     """An exported graph in a session of its own."""
 
@@ -127,6 +63,8 @@ class Graph:
         # onnxruntime's own exceptions share no other base.
         except Exception as error:
             raise VerificationError(f"{name} does not load: {first_line(error)}") from error
+        # Both graphs take the rows first.
+        self.input: str = self.session.get_inputs()[0].name
 
     def run(self, feed: Mapping[str, NDArray[np.generic]]) -> Floats:
         """Return the graph's one output."""
@@ -139,7 +77,7 @@ class Graph:
     def passes(self, x: Floats, rows: NDArray[np.int64], masks: Masks) -> Floats:
         """Return the passes' ``[N, C]`` of the train-mode graph."""
         inputs = {mask_input(site): mask for site, mask in masks.items()}
-        return self.run({INPUT: x, ROWS: rows, **inputs})
+        return self.run({self.input: x, ROWS: rows, **inputs})
 
 
 def first_line(error: Exception) -> str:
@@ -148,17 +86,18 @@ def first_line(error: Exception) -> str:
 
 
 def verify(
-    model: nn.Module, sites: tuple[Site, ...], predict: bytes, stochastic: bytes, x: Floats
+    reference: Reference, sites: tuple[Site, ...], predict: bytes, stochastic: bytes, x: Floats
 ) -> Verification:
-    """Check the two graphs of ``model`` on the rows ``x [B, ...]``.
+    """Check two graphs against their reference on the rows ``x [B, ...]``.
 
     Raises
     ------
     VerificationError
         If a check fails.
     """
-    reference = Reference(model)
-    check_no_other_randomness(reference, sites, x[:MANY_ROWS])
+    some = x[:MANY_ROWS]
+    masks = draw_masks(sites, len(some), np.random.default_rng(SEED))
+    reference.check_no_other_randomness(some, masks)
     for name, content in ((PREDICT, predict), (STOCHASTIC, stochastic)):
         check_operators(name, content)
     predict_error = check_predict(reference, sites, Graph(PREDICT, predict), x)
@@ -197,40 +136,6 @@ def difference(measured: Floats, expected: Floats) -> float:
     return float(np.nan_to_num(distance / max(1.0, np.abs(expected).max()), nan=np.inf))
 
 
-def check_no_other_randomness(reference: Reference, sites: tuple[Site, ...], x: Floats) -> None:
-    """Raise if two runs with the same masks differ, naming the module that makes the difference."""
-    masks = draw_masks(sites, len(x), np.random.default_rng(SEED))
-    outputs: list[list[tuple[str, list[Tensor], Tensor]]] = []
-
-    def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if isinstance(output, Tensor):
-                tensors = [value.clone() for value in inputs if isinstance(value, Tensor)]
-                outputs[-1].append((name or type(module).__name__, tensors, output.clone()))
-
-        return module.register_forward_hook(hook)
-
-    handles = [record(name, module) for name, module in reference.model.named_modules()]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for seed in (0, 1):
-                torch.manual_seed(seed)
-                outputs.append([])
-                reference.train_mode(x, masks)
-    finally:
-        for handle in handles:
-            handle.remove()
-    first, second = outputs
-    # Modules report when they are done, so inner ones come first.
-    for (name, inputs, output), (_, other_inputs, other) in zip(first, second, strict=True):
-        if all(map(torch.equal, inputs, other_inputs)) and not torch.equal(output, other):
-            off = float((output - other).abs().max())
-            raise VerificationError(
-                f"module {name} has randomness that is no dropout site: two runs with the same "
-                f"masks differ by {off:.3g}; use a dropout layer instead of a function"
-            )
-
-
 def check_operators(name: str, content: bytes) -> None:
     """Raise if a graph holds a dropout or random operator."""
     for node in onnx.load_from_string(content).graph.node:
@@ -240,7 +145,7 @@ def check_operators(name: str, content: bytes) -> None:
 
 def check_predict(reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats) -> float:
     """Return how far the eval-mode graph is from torch; raise if too far."""
-    measured = graph.run({INPUT: x})
+    measured = graph.run({graph.input: x})
     error = difference(measured, reference.eval_mode(x))
     if error > TOLERANCE:
         suspects = [

@@ -14,6 +14,7 @@ from torch import nn
 
 from export import predict_graph, stochastic_graph, trace, verify
 from export.bundle import Verification
+from export.reference import OnnxReference, TorchReference, VerificationError
 from export.sites import ExportError, Site, sites_of
 from model import datasets
 from model.dropout import SCALINGS, CustomDropout, Scaling, only_sites_in_train_mode
@@ -195,7 +196,7 @@ def verified(model: nn.Module, x: Floats) -> tuple[tuple[Site, ...], Verificatio
     stochastic = stochastic_graph.build(source)
     graphs = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
     sites = sites_of(source)
-    return sites, verify.verify(model, sites, graphs[0], graphs[1], x)
+    return sites, verify.verify(TorchReference(model), sites, graphs[0], graphs[1], x)
 
 
 def test_a_model_of_torchs_own_layers_is_exported_and_a_layer_used_twice_is_two_sites() -> None:
@@ -261,6 +262,26 @@ def test_an_onnx_file_with_dropout_nodes_enters_in_place_of_a_torch_model(
     )
     expected = (np.maximum(x[places] @ w1, 0) * mask / 0.75) @ w2
     np.testing.assert_allclose(passes, expected, rtol=1e-5)
+
+
+def test_an_onnx_file_is_verified_against_onnxs_own_evaluator(tmp_path: Path) -> None:
+    source = from_text("", "d", tmp_path)
+    graphs = [predict_graph.build(source)[0], stochastic_graph.build(source)]
+    predict, stochastic = (ir.to_proto(graph).SerializeToString() for graph in graphs)
+    x = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
+    sites = sites_of(source)
+    measured = verify.verify(OnnxReference(source), sites, predict, stochastic, x)
+    assert measured.stochastic_error < 1e-5
+    # Linear behind the site: the passes scatter around eval mode. 140 outputs, two of a row.
+    assert measured.expectation_gap == pytest.approx(1.0, abs=0.3)
+    # One weight of six that differs must be noticed.
+    weights = np.array([1, 2, 3, 4, 5, 7], np.float32).reshape(3, 2)
+    for value in graphs[1].graph.initializers.values():
+        if value.const_value is not None and value.shape == (3, 2):
+            value.const_value = ir.tensor(weights)
+    broken = ir.to_proto(graphs[1]).SerializeToString()
+    with pytest.raises(VerificationError, match=r"^stochastic.onnx is off from train mode"):
+        verify.verify(OnnxReference(source), sites, predict, broken, x)
 
 
 def test_a_reshape_behind_a_site_asks_for_passes_where_its_target_came_from_the_input(

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from export import predict_graph, stochastic_graph, trace, verify
 from export.bundle import Verification
+from export.reference import TorchReference, VerificationError
 from export.sites import sites_of
-from export.verify import VerificationError
 from model import datasets
 from model.dropout import CustomDropout, Scaling
 from model.networks import Model, NetworkConfig, NetworkName
@@ -47,7 +47,7 @@ def export(model: nn.Module) -> tuple[ir.Model, ir.Model, ir.Model]:
 
 def check(model: nn.Module, source: ir.Model, predict: ir.Model, stochastic: ir.Model) -> object:
     graphs = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
-    return verify.verify(model, sites_of(source), graphs[0], graphs[1], X)
+    return verify.verify(TorchReference(model), sites_of(source), graphs[0], graphs[1], X)
 
 
 def named(graph: ir.Model, operator: str) -> list[ir.Node]:

@@ -1,0 +1,169 @@
+"""What the exported graphs are held against: a network that is run with masks that come in."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import Tensor, nn
+
+from export.sites import DOMAIN, ExportError, call_name
+from export.trace import swap_dropouts
+from model.dropout import SCALINGS, CustomDropout, factors
+
+Floats = NDArray[np.float32]
+Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]
+
+
+class VerificationError(ExportError):
+    """A graph that does not do what the network does; the message says which, where, how far."""
+
+
+class Replay(nn.Module):
+    """Stands in for a dropout layer and applies masks that were made elsewhere."""
+
+    def __init__(self, name: str, layer: CustomDropout, reference: "TorchReference") -> None:
+        super().__init__()
+        self.name, self.layer = name, layer
+        # In a list, so that torch does not take the reference for a part of this module.
+        self.reference = [reference]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the mask of this call, or the eval factor."""
+        reference = self.reference[0]
+        site = call_name(self.name, reference.calls[self.name])
+        reference.calls[self.name] += 1
+        if reference.masks is None:
+            factor = 1.0 if site == reference.without_factor else self.layer.eval_factor
+            return x * factor
+        return x * torch.from_numpy(reference.masks[site]) * self.layer.train_factor
+
+
+class Reference(Protocol):
+    """What the graphs are held against: a network that is run with masks that come in."""
+
+    def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
+        """Return eval mode's ``[B, C]``; optionally with one site's factor left out."""
+
+    def train_mode(self, x: Floats, masks: Masks) -> Floats:
+        """Return the passes' ``[N, C]``, for ``x [N, ...]`` and the masks of N passes."""
+
+    def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
+        """Raise VerificationError if two runs with the same masks differ."""
+
+
+class TorchReference:
+    """A torch network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masks: Mapping[str, NDArray[np.bool_]] | None = None
+        self.without_factor: str | None = None
+        self.calls: Counter[str] = Counter()
+        self.model = swap_dropouts(model, lambda name, layer: Replay(name, layer, self))
+
+    @torch.no_grad()
+    def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
+        """Run eval mode."""
+        self.model.eval()
+        self.masks, self.without_factor = None, without_factor
+        self.calls.clear()
+        return np.asarray(self.model(torch.from_numpy(x)))
+
+    @torch.no_grad()
+    def train_mode(self, x: Floats, masks: Masks) -> Floats:
+        """Run passes in train mode.
+
+        Layers with running statistics stay in eval mode; all else is in train mode, so that
+        randomness that is no site shows.
+        """
+        self.model.train()
+        for module in self.model.modules():
+            if hasattr(module, "running_mean"):
+                module.eval()
+        self.masks = masks
+        self.calls.clear()
+        return np.asarray(self.model(torch.from_numpy(x)))
+
+    def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
+        """Name the module by which two runs with the same masks differ."""
+        outputs: list[list[tuple[str, list[Tensor], Tensor]]] = []
+
+        def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+                if isinstance(output, Tensor):
+                    tensors = [value.clone() for value in inputs if isinstance(value, Tensor)]
+                    outputs[-1].append((name or type(module).__name__, tensors, output.clone()))
+
+            return module.register_forward_hook(hook)
+
+        handles = [record(name, module) for name, module in self.model.named_modules()]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for seed in (0, 1):
+                    torch.manual_seed(seed)
+                    outputs.append([])
+                    self.train_mode(x, masks)
+        finally:
+            for handle in handles:
+                handle.remove()
+        first, second = outputs
+        # Modules report when they are done, so inner ones come first.
+        for (name, inputs, output), (_, other_inputs, other) in zip(first, second, strict=True):
+            if all(map(torch.equal, inputs, other_inputs)) and not torch.equal(output, other):
+                off = float((output - other).abs().max())
+                raise VerificationError(
+                    f"module {name} has randomness that is no dropout site: two runs with the same "
+                    f"masks differ by {off:.3g}; use a dropout layer instead of a function"
+                )
+
+
+class OnnxReference:
+    """An ONNX graph with markers, run node by node in numpy by onnx's reference evaluator."""
+
+    def __init__(self, source: ir.Model) -> None:
+        self.masks: Mapping[str, NDArray[np.bool_]] | None = None
+        self.without_factor: str | None = None
+        self.calls: Counter[str] = Counter()
+        reference = self
+
+        class DropoutSite(OpRun):  # named as its operator, by which onnx finds it
+            """The marker."""
+
+            op_domain = DOMAIN
+
+            def _run(
+                self, x: Floats, name: str = "", p: str = "", scaling: int = 0, channels: int = 0
+            ) -> tuple[Floats]:
+                train_factor, eval_factor = factors(float(p), SCALINGS[scaling])
+                site = call_name(name, reference.calls[name])
+                reference.calls[name] += 1
+                if reference.masks is not None:
+                    return ((x * reference.masks[site] * train_factor).astype(x.dtype),)
+                factor = 1.0 if site == reference.without_factor else eval_factor
+                return ((x * factor).astype(x.dtype),)
+
+        self.evaluator = ReferenceEvaluator(ir.to_proto(source), new_ops=[DropoutSite])
+
+    def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
+        """Run eval mode."""
+        self.masks, self.without_factor = None, without_factor
+        return self.run(x)
+
+    def train_mode(self, x: Floats, masks: Masks) -> Floats:
+        """Run passes in train mode."""
+        self.masks = masks
+        return self.run(x)
+
+    def run(self, x: Floats) -> Floats:
+        """Return the graph's one output."""
+        self.calls.clear()
+        (output,) = self.evaluator.run(None, {self.evaluator.input_names[0]: x})
+        return np.asarray(output)
+
+    def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
+        """Do nothing: a random operator of the graph is found by its name."""
