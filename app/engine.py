@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from app.device import Device, open_session
 from app.errors import DeviceUnavailable
 from app.repository import Bundle
-from export.bundle import BundleError, Manifest
+from export.bundle import PREDICT, ROWS, STOCHASTIC, BundleError, Manifest
 
-ROWS_INPUT = "rows"
 ERRORS_ONLY = 3
 
 
@@ -30,10 +29,8 @@ class Engine:
         self.manifest: Manifest = bundle.manifest
         name = self.manifest.input.name
         masks = {site.mask_input for site in self.manifest.sites}
-        self.predict_session = load("predict.onnx", bundle.predict, device, {name})
-        self.stochastic_session = load(
-            "stochastic.onnx", bundle.stochastic, device, {name, ROWS_INPUT} | masks
-        )
+        self.predict_session = load(PREDICT, bundle.predict, device, {name})
+        self.stochastic_session = load(STOCHASTIC, bundle.stochastic, device, {name, ROWS} | masks)
         self.device = device
         self.provider: str = self.predict_session.get_providers()[0]
 
@@ -64,7 +61,7 @@ class Engine:
         numpy.ndarray
             Logits or values ``[N, C]``.
         """
-        feed = {self.manifest.input.name: x, ROWS_INPUT: rows, **masks}
+        feed = {self.manifest.input.name: x, ROWS: rows, **masks}
         (output,) = self.stochastic_session.run(None, feed)
         return np.asarray(output)
 

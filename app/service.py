@@ -103,7 +103,7 @@ class Service:
                 raise InputError("model", f"is needed, one of: {', '.join(self.engines)}")
             (model,) = self.engines
         if model not in self.engines:
-            raise UnknownModel(f"no model {model!r}; served are: {', '.join(self.engines)}")
+            raise UnknownModel(f"no model {model[:100]!r}; served are: {', '.join(self.engines)}")
         versions = self.engines[model]
         if version is None:
             version = max(versions)

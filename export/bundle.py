@@ -17,15 +17,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PREDICT = "predict.onnx"
 STOCHASTIC = "stochastic.onnx"
 EXAMPLES = "examples.json"
+# The input of stochastic.onnx that says which row each pass belongs to.
+ROWS = "rows"
 FILES = (PREDICT, STOCHASTIC, EXAMPLES)
 
 NAME_RULE = "letters, digits, '_', '-' and '.', at most 64, the first a letter or digit"
@@ -126,6 +128,14 @@ class Manifest(Record):
     )
     provenance: Provenance
     files: dict[str, str] = Field(description="SHA-256 of every other file.")
+
+    @model_validator(mode="after")
+    def check_noise(self) -> Self:
+        """Refuse a regression without a noise for each target, and classes with one."""
+        targets = len(self.outputs.labels) if self.task == "regression" else 0
+        if len(self.noise_std or ()) != targets:
+            raise ValueError(f"noise_std must hold {targets} values for a {self.task}")
+        return self
 
 
 def check_name(name: str) -> None:
@@ -230,7 +240,7 @@ def read(place: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "content"
         raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from None
     if (manifest.name, str(manifest.version)) != (place.parent.name, place.name):
         raise BundleError(

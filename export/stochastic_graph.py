@@ -12,10 +12,10 @@ What lies before the first site runs once per input row. Everything behind a sit
 
 import onnx_ir as ir
 
+from export.bundle import ROWS
 from export.predict_graph import finish, fold_factors, multiply
 from export.sites import ExportError, Site, batch_dimension, sites_of
 
-ROWS = "rows"
 PASSES = "passes"
 SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 

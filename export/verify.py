@@ -20,10 +20,10 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import PREDICT, STOCHASTIC, Verification
+from export.bundle import PREDICT, ROWS, STOCHASTIC, Verification
 from export.reference import Floats, Masks, Reference, VerificationError
 from export.sites import Site
-from export.stochastic_graph import ROWS, mask_input
+from export.stochastic_graph import mask_input
 
 # Of outputs up to 1, and of the largest output where that is more.
 TOLERANCE = 1e-5

@@ -45,7 +45,7 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may be at most {max_bytes} bytes long"
     )
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
+    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
         raise too_long
     chunks = []
     length = 0

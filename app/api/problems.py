@@ -16,7 +16,9 @@ MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"
 # A request's own id is repeated only where it can do no harm in a header or a log.
 SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A body chooses the names of its fields, and could choose long ones and many.
 MOST_ERRORS = 20
+LONGEST_PATH = 200
 
 
 class BodyError(Exception):
@@ -77,7 +79,7 @@ def register(app: FastAPI) -> None:
     @app.exception_handler(ValidationError)
     async def validation(request: Request, error: ValidationError) -> Response:
         found = [
-            (".".join(map(str, e["loc"])) or "body", e["msg"])
+            (".".join(map(str, e["loc"]))[:LONGEST_PATH] or "body", e["msg"])
             for e in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         return invalid(request, found)

@@ -196,6 +196,12 @@ def test_an_unknown_or_path_like_model_is_a_404(small: httpx.Client, route: str,
     assert detail.endswith("served are: diabetes, digits, double")
 
 
+def test_long_names_are_not_repeated_at_length(small: httpx.Client) -> None:
+    long = "x" * 10_000
+    assert len(send(small, "/predict", body(model=long)).content) < 1000
+    assert len(send(small, "/predict", body(**{long: 1})).content) < 1000
+
+
 def test_an_unknown_version_is_a_404(small: httpx.Client) -> None:
     document = problem(send(small, "/predict", body(version=7)), 404)
     assert document.detail == "no version 7 of model digits; served are: 1"

@@ -175,6 +175,8 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         ({"name": "other"}, r"^manifest.json is of other version 1, which is not its place$"),
         ({"version": 7}, r"^manifest.json is of coins version 7, which is not its place$"),
         ({"task": "poetry"}, r"^manifest.json: task: Input should be 'classification' or"),
+        ({"task": "regression"}, r"noise_std must hold 2 values for a regression$"),
+        ({"noise_std": [1.0]}, r"noise_std must hold 0 values for a classification$"),
         ({"surprise": 1}, r"^manifest.json: surprise: Extra inputs are not permitted$"),
         ({"files": {"../x": "0"}}, r"^manifest.json: files must be predict.onnx, stochastic.onnx"),
     ],
