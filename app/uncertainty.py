@@ -113,7 +113,7 @@ def spreads(m: Moments, noise_std: Sequence[float]) -> Spreads:
     The predictive variance is that of the passes (epistemic) plus that of the observation noise,
     ``noise_std [C]`` = tau^(-1/2) (aleatoric): Gal and Ghahramani 2016, eq. 7.
     """
-    aleatoric = np.tile(np.array(noise_std, dtype=np.float64), (len(m.std), 1))
+    aleatoric = np.tile(np.array(noise_std, dtype=m.std.dtype), (len(m.std), 1))
     return Spreads(m.std, aleatoric, np.hypot(m.std, aleatoric))
 
 

@@ -11,6 +11,9 @@ import os
 import platform
 import shutil
 import tempfile
+import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +27,18 @@ from model.networks import Model, NetworkConfig
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "numpy", "scikit-learn")
+# What reading a damaged file raises.
+DAMAGE = (
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class CheckpointError(Exception):
@@ -63,12 +78,15 @@ class Output:
     """
 
     def __init__(self, place: Path) -> None:
-        self.place = place
-        if place.exists() and not is_replaceable(place):
+        # A link is followed, and "." gets a name.
+        self.place = Path(os.path.realpath(place))
+        if self.place.exists() and not is_replaceable(self.place):
             raise CheckpointError(f"{place} is there already and holds no checkpoint; not replaced")
+        parent = self.place.parent
+        self.made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            self.staging = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+            parent.mkdir(parents=True, exist_ok=True)
+            self.staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.place.name}."))
         except OSError as error:
             raise CheckpointError(f"cannot write to {place}: {error.strerror or error}") from None
 
@@ -77,12 +95,15 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        with suppress(OSError):  # not empty: it holds the checkpoint, or what another put there
+            for folder in self.made:
+                folder.rmdir()
 
     def commit(self) -> None:
         """Put what was written to ``staging`` in place."""
         self.staging.chmod(0o755)
         if self.place.exists():
-            old = self.staging.with_suffix(".old")
+            old = self.staging.with_name(f"{self.staging.name}.old")
             self.place.rename(old)
             self.staging.rename(self.place)
             shutil.rmtree(old)
@@ -148,7 +169,11 @@ def load(directory: Path) -> Checkpoint:
         )
         model = Model(config)
         model.load_state_dict(load_file(directory / "weights.safetensors"))
-        with np.load(directory / "holdout.npz", allow_pickle=False) as file:
+        # numpy leaves a file that it opened itself open when it is no NPZ.
+        with (
+            (directory / "holdout.npz").open("rb") as raw,
+            np.load(raw, allow_pickle=False) as file,
+        ):
             holdout = Dataset(
                 name=data["name"],
                 task=data["task"],
@@ -170,5 +195,6 @@ def load(directory: Path) -> Checkpoint:
             seed=document["seed"],
             packages=document["packages"],
         )
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: damaged checkpoint: {error}") from error
+    except DAMAGE as error:
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: damaged checkpoint: {message}") from error

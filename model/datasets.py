@@ -7,6 +7,7 @@ Every data set comes out as raw float32 features and targets. What is wrong with
 import csv
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": load_digits, "diabetes": 
 def load_csv(path: Path, target: str | None, task: Task | None) -> Dataset:
     """Load a CSV file with a header row; every column but ``target`` is a numeric feature."""
     header, lines = read_csv(path)
-    columns = ", ".join(header)
+    columns = ", ".join(name if name.isprintable() else repr(name) for name in header)
     if target is None:
         raise DataError(f"{path}: --target COLUMN is needed, one of: {columns}")
     if target not in header:
@@ -210,7 +211,7 @@ def number(path: Path, row: int, column: str, cell: str) -> float:
         value = float(text)
     except ValueError:
         raise DataError(f"{path}: row {row}, column {column!r}: {text!r} is not a number") from None
-    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise DataError(f"{path}: row {row}, column {column!r}: {text} is not a float32 number")
     return value
 
@@ -226,13 +227,23 @@ def csv_task(texts: Sequence[str]) -> Task:
 
 
 def classes(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the labels, numbers in their order and texts in theirs, and each row's class."""
+    """Return the labels, numbers in their order and texts in theirs, and each row's class.
+
+    Two spellings of a number, 1 and 1.0, are one class, labelled by the first in the alphabet.
+    """
+    spellings = sorted(set(texts))
     try:
-        labels = sorted(set(texts), key=float)
+        numbers = {text: float(text) for text in spellings}
     except ValueError:
-        labels = sorted(set(texts))
-    place = {label: number for number, label in enumerate(labels)}
-    return tuple(labels), np.array([place[text] for text in texts], dtype=np.int64)
+        place = {text: rank for rank, text in enumerate(spellings)}
+    else:
+        ranks = {number: rank for rank, number in enumerate(sorted(set(numbers.values())))}
+        place = {text: ranks[number] for text, number in numbers.items()}
+    labels: dict[int, str] = {}
+    for text in spellings:
+        labels.setdefault(place[text], text)
+    in_order = tuple(labels[rank] for rank in sorted(labels))
+    return in_order, np.array([place[text] for text in texts], dtype=np.int64)
 
 
 def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
@@ -241,12 +252,13 @@ def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
         raise DataError(f"{path}: --target is for CSV files; an NPZ file's target is its array y")
     try:
         # Pickled objects could run code, so they are not read.
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file that it opened itself open when it is no NPZ.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = {"x", "y"} - set(file.files)
             if missing:
                 raise DataError(f"{path}: no array {' and no '.join(sorted(missing))}")
-            x, y = file["x"], file["y"]
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            x, y = np.asarray(file["x"]), np.asarray(file["y"])
+    except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not an NPZ file of plain arrays: {error}") from None
     if x.ndim == 1:
         x = x[:, None]

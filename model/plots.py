@@ -68,8 +68,9 @@ def draw_predictions(axes: Axes, trained: Trained, test: Dataset) -> None:
     axes.errorbar(truth, mean, yerr=spread, fmt="o", alpha=0.6, label=f"{INTERVAL:.0%} interval")
     span = [float(truth.min()), float(truth.max())]
     axes.plot(span, span, color="grey", linestyle="--", label="perfect")
+    # A target's name is no formula, whatever dollar signs it holds.
+    axes.set_title(f"{test.outputs[0]}, test part", parse_math=False)
     axes.set(
-        title=f"{test.outputs[0]}, test part",
         xlabel="true",
         ylabel=f"mean of {evaluation.PASSES} passes",
     )

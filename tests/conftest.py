@@ -14,6 +14,9 @@ import httpx
 import pytest
 from filelock import FileLock
 
+# The workers of a parallel run share the cores: torch's threads would only be in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
 # The models that the tests serve: the data and options they are trained with.

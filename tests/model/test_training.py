@@ -1,0 +1,166 @@
+"""Training: by seed, stopping early with the best weights, in the targets' own units."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from model import datasets, training
+from model.datasets import Dataset, Split, split
+from model.networks import NETWORKS, NetworkName
+from model.training import Trained, TrainingConfig, train
+from tests.model.toys import config, two_classes, two_targets
+
+
+def fit(dataset: Dataset, epochs: int = 3, seed: int = 0, batch_size: int = 32) -> Trained:
+    how = TrainingConfig(epochs, batch_size, seed)
+    return train(config(dataset), split(dataset, 0), how, progress=False)
+
+
+@cache
+def some_digits() -> Split:
+    digits = datasets.load("digits")
+    return split(digits.take(np.arange(500)), 0)
+
+
+def same_weights(one: Trained, other: Trained) -> bool:
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dataset", [two_classes(), two_targets()], ids=["classes", "values"])
+def test_the_seed_alone_decides_weights_metrics_and_curves(dataset: Dataset) -> None:
+    torch.manual_seed(1)
+    first = fit(dataset)
+    torch.manual_seed(2)
+    again = fit(dataset)
+    assert same_weights(first, again)
+    assert (first.metrics, first.losses, first.noise_std) == (
+        again.metrics,
+        again.losses,
+        again.noise_std,
+    )
+    assert not same_weights(fit(dataset, seed=1), first)
+
+
+def test_torchs_generator_is_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fit(two_classes())
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_digits_are_learned(network: NetworkName) -> None:
+    parts = some_digits()
+    shape = config(parts.train, network, p=0.2, hidden=(64,))
+    trained = train(shape, parts, TrainingConfig(epochs=20), progress=False)
+    # Chance is 0.1; a sixth of the rows one trains on by default leaves about 0.9.
+    assert trained.metrics["eval"]["accuracy"] > 0.7
+    assert trained.metrics["mc"]["accuracy"] > 0.7
+    assert trained.noise_std is None
+
+
+def test_values_are_learned_with_their_noise() -> None:
+    dataset = two_targets(rows=600)
+    trained = fit(dataset, epochs=100)
+    # The targets are linear with a noise of 0.1; guessing their mean would cost about 2.7.
+    assert trained.metrics["eval"]["rmse"] < 0.7
+    assert trained.noise_std is not None
+    assert len(trained.noise_std) == 2
+    assert all(0.05 < std < 0.7 for std in trained.noise_std)
+
+
+def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights() -> None:
+    # Random classes: what is learned by heart makes the validation loss worse.
+    dataset = two_classes(rows=80)
+    labels = np.random.default_rng(5).integers(2, size=80)
+    parts = split(replace(dataset, y=labels), 0)
+    trained = train(
+        config(dataset, p=0.0, hidden=(128,)), parts, TrainingConfig(epochs=2000), progress=False
+    )
+    validation = [loss for _, loss in trained.losses]
+    assert len(validation) < 2000
+    assert len(validation) == 1 + int(np.argmin(validation)) + training.PATIENCE
+    assert validation[-1] > min(validation)
+    with torch.no_grad():
+        logits = trained.model(torch.from_numpy(parts.validation.x))
+    loss = functional.cross_entropy(logits, torch.from_numpy(parts.validation.y)).item()
+    assert loss == pytest.approx(min(validation), rel=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_best_weights_of_a_regression_answer_in_target_units(network: NetworkName) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(120, 4, 4)).astype(np.float32)
+    y = (images.mean(axis=(1, 2))[:, None] * [1.0, -50.0] + [0.0, 1000.0]).astype(np.float32)
+    parts = split(Dataset("toy", "regression", images, y, (), ("u", "v")), 0)
+    how = TrainingConfig(epochs=8, batch_size=32)
+    trained = train(config(parts.train, network), parts, how, progress=False)
+
+    def answers(part: Dataset) -> NDArray[np.float64]:
+        with torch.no_grad():
+            return np.asarray(trained.model(torch.from_numpy(part.x)), dtype=np.float64)
+
+    # The loss is that of targets standardised by the training part.
+    error = (answers(parts.validation) - parts.validation.y) / parts.train.y.std(axis=0)
+    assert (error**2).mean() == pytest.approx(min(loss for _, loss in trained.losses), rel=1e-3)
+    rmse = np.sqrt(((answers(parts.test) - parts.test.y) ** 2).mean())
+    assert trained.metrics["eval"]["rmse"] == pytest.approx(rmse, rel=1e-5)
+
+
+def test_targets_in_other_units_give_the_same_errors_in_those_units() -> None:
+    dataset = two_targets()
+    # A power of two changes no digit of a float.
+    larger = replace(dataset, y=dataset.y * np.float32(1024))
+    small, large = fit(dataset), fit(larger)
+    assert small.losses == large.losses
+    for mode in ("eval", "mc"):
+        for metric in ("rmse", "mae"):
+            expected = small.metrics[mode][metric] * 1024
+            assert large.metrics[mode][metric] == pytest.approx(expected, rel=1e-6)
+    assert small.noise_std is not None
+    # The search for the noise stops within 1e-5 of its logarithm.
+    assert large.noise_std == pytest.approx([std * 1024 for std in small.noise_std], rel=1e-4)
+
+
+def test_the_curves_hold_a_pair_of_losses_for_each_epoch() -> None:
+    trained = fit(two_classes(), epochs=4)
+    assert len(trained.losses) == 4
+    assert np.isfinite(trained.losses).all()
+    assert not trained.model.training
+
+
+def test_a_constant_target_is_learned() -> None:
+    dataset = two_targets()
+    constant = np.full_like(dataset.y, 7.0)
+    trained = fit(replace(dataset, y=constant), epochs=40)
+    assert trained.metrics["eval"]["rmse"] < 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 27, 1000])
+def test_any_batch_size_works(batch_size: int) -> None:
+    # 28 rows to train on: 27 leaves a batch of one, over which batch norm must cope.
+    images = np.random.default_rng(0).normal(size=(40, 4, 4)).astype(np.float32)
+    parts = split(Dataset("toy", "classification", images, np.arange(40) % 2, (), ("n", "y")), 0)
+    how = TrainingConfig(epochs=1, batch_size=batch_size)
+    trained = train(config(parts.train, "convnet"), parts, how, progress=False)
+    assert np.isfinite(trained.losses).all()
+
+
+def test_a_loss_that_stops_being_a_number_is_an_error() -> None:
+    dataset = two_classes()
+    beyond = replace(dataset, x=np.full_like(dataset.x, 3e38))
+    with pytest.raises(ValueError, match="training diverged"):
+        fit(beyond)
+
+
+def test_a_network_that_does_not_fit_the_data_is_an_error() -> None:
+    dataset = two_classes()
+    with pytest.raises(ValueError, match="convnet needs images"):
+        train(config(dataset, "convnet"), split(dataset, 0), TrainingConfig(1), progress=False)

@@ -1,0 +1,40 @@
+"""Small data sets that a network learns in a moment, and small networks for them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from model.datasets import Dataset
+from model.dropout import Scaling
+from model.networks import NetworkConfig, NetworkName
+
+
+def two_classes(rows: int = 200, seed: int = 0) -> Dataset:
+    """Rows of three features; the class is the sign of the first."""
+    x = np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int64)
+    return Dataset("toy", "classification", x, y, ("a", "b", "c"), ("below", "above"))
+
+
+def two_targets(rows: int = 200, seed: int = 0) -> Dataset:
+    """Rows of three features; the two targets are linear in them, with noise."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 3)).astype(np.float32)
+    y = x @ np.array([[1.0, 0.0], [2.0, -1.0], [0.0, 3.0]]) + rng.normal(0.0, 0.1, (rows, 2))
+    return Dataset("toy", "regression", x, y.astype(np.float32), ("a", "b", "c"), ("u", "v"))
+
+
+def config(
+    dataset: Dataset,
+    network: NetworkName = "mlp",
+    p: float = 0.2,
+    scaling: Scaling = "classic",
+    hidden: tuple[int, ...] = (16,),
+) -> NetworkConfig:
+    """Describe a small network for ``dataset``."""
+    return NetworkConfig(network, dataset.x.shape[1:], len(dataset.outputs), hidden, p, scaling)
+
+
+def tree(folder: Path) -> list[str]:
+    """Everything below ``folder``, hidden files and empty directories too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
