@@ -33,6 +33,8 @@ format: setup
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
+bench: scaling-table
+
 scaling-table: setup
 	$(PYTHON) -m benchmarks.scaling_table
 

@@ -1,5 +1,6 @@
 """``python -m app``: serve a folder of bundles."""
 
+import contextlib
 import logging
 import socket
 import sys
@@ -50,7 +51,10 @@ def main() -> int:
         print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
         return 1
     log.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
-    uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning")).run([listener])
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning"))
+    # Once it has answered what was under way, uvicorn raises Ctrl-C again.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listener])
     return 0
 
 

@@ -1,7 +1,9 @@
 """How the service starts, and how it refuses to."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +124,17 @@ def test_a_port_that_is_taken_is_said(built: Path) -> None:
     (line,) = [line for line in says.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: cannot listen: Address already in use (while attempting to bind")
     assert port in line
+
+
+def test_ctrl_c_stops_the_service_without_a_trace(
+    built: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with service(built / "models") as client:
+        pid = int(client.headers["x-test-pid"])
+        assert client.get("/health/live").status_code == 200
+        os.kill(pid, signal.SIGINT)
+        assert os.waitpid(pid, 0) == (pid, 0)
+    assert "Traceback" not in capfd.readouterr().out
 
 
 def test_bundles_that_cannot_be_trusted_are_refused_and_the_others_served(
