@@ -127,8 +127,8 @@ def double_scaling_warning(module: nn.Module) -> str | None:
     if not keeps:
         return None
     return (
-        f"scaling 'double' scales twice: in eval mode each of the {len(keeps)} dropout sites "
-        f"passes on only {min(keeps):g} of what it did in training ({math.prod(keeps):g} in all), "
+        f"scaling 'double' scales twice: in eval mode a dropout site passes on as little as "
+        f"{min(keeps):g} of what it did in training ({math.prod(keeps):g} over all {len(keeps)}), "
         "so probabilities and values are off though accuracy hardly moves; "
         "'classic' and 'inverted' have no such gap"
     )

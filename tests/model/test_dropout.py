@@ -185,7 +185,7 @@ def test_the_warning_of_double_scaling_is_one_line_with_the_shares_passed_on() -
     assert warning is not None
     assert "\n" not in warning
     # Of what it did in training, a site passes on 1 - p in eval mode, all of them the product.
-    for part in ("'double'", "2 dropout sites", "0.5 of", "0.4 in all"):
+    for part in ("'double'", "as little as 0.5 of", "0.4 over all 2"):
         assert part in warning
 
 
