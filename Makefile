@@ -39,6 +39,6 @@ scaling-table: setup
 	$(PYTHON) -m benchmarks.scaling_table
 
 lock: setup
-	$(PYTHON) -m piptools compile --quiet --strip-extras --all-extras --no-annotate --no-header \
+	$(PYTHON) -m piptools compile --quiet --upgrade --strip-extras --all-extras --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml
 	sed -i 's/+cpu$$//' constraints.txt

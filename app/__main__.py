@@ -50,7 +50,8 @@ def main() -> int:
     except OSError as error:
         print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
         return 1
-    log.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info("listening on http://%s:%d", host, listener.getsockname()[1])
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning"))
     # Once it has answered what was under way, uvicorn raises Ctrl-C again.
     with contextlib.suppress(KeyboardInterrupt):

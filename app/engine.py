@@ -27,10 +27,13 @@ class Engine:
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self.manifest: Manifest = bundle.manifest
-        name = self.manifest.input.name
-        masks = {site.mask_input for site in self.manifest.sites}
-        self.predict_session = load(PREDICT, bundle.predict, device, {name})
-        self.stochastic_session = load(STOCHASTIC, bundle.stochastic, device, {name, ROWS} | masks)
+        rows = {self.manifest.input.name: self.manifest.input.shape}
+        masks = {site.mask_input: site.mask_shape for site in self.manifest.sites}
+        outputs = len(self.manifest.outputs.labels)
+        self.predict_session = load(PREDICT, bundle.predict, device, rows, outputs)
+        self.stochastic_session = load(
+            STOCHASTIC, bundle.stochastic, device, rows | {ROWS: ()} | masks, outputs
+        )
         self.device = device
         self.provider: str = self.predict_session.get_providers()[0]
 
@@ -66,12 +69,16 @@ class Engine:
         return np.asarray(output)
 
 
-def load(file: str, graph: bytes, device: Device, inputs: set[str]) -> onnxruntime.InferenceSession:
-    """Load a graph that takes the given inputs."""
+def load(
+    file: str, graph: bytes, device: Device, inputs: dict[str, tuple[int, ...]], outputs: int
+) -> onnxruntime.InferenceSession:
+    """Load a graph that takes the given inputs, shapes without the first axis, to ``[., C]``."""
     options = onnxruntime.SessionOptions()
     # Left alone, onnxruntime sizes its pools from the host, not from what this process may use.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
+    # The arena would keep the memory of the largest run for good.
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = ERRORS_ONLY
     try:
         session = open_session(graph, device, options)
@@ -80,10 +87,10 @@ def load(file: str, graph: bytes, device: Device, inputs: set[str]) -> onnxrunti
     # onnxruntime's own exceptions share no other base.
     except Exception as error:
         raise BundleError(f"{file} does not load: {str(error).splitlines()[0]}") from error
-    found = {value.name for value in session.get_inputs()}
-    if found != inputs or len(session.get_outputs()) != 1:
+    found = {value.name: tuple(value.shape[1:]) for value in session.get_inputs()}
+    answers = [tuple(value.shape[1:]) for value in session.get_outputs()]
+    if found != inputs or answers != [(outputs,)]:
         raise BundleError(
-            f"{file} takes {', '.join(sorted(found))}; "
-            f"its manifest says {', '.join(sorted(inputs))}"
+            f"{file} maps {found} to {answers}; its manifest says {inputs} to {[(outputs,)]}"
         )
     return session

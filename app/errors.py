@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions whose message is for a person.
 
-``api.problems`` turns the first three into HTTP answers, ``__main__`` the last into an exit status.
+``api.problems`` turns the first three into HTTP answers, ``__main__`` the others into an exit
+status.
 """
 
 

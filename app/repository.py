@@ -1,11 +1,14 @@
 """Find the bundles in the models folder and read them, every file checked against its SHA-256."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import StartError
 from export import bundle
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,19 @@ def places(models: Path) -> Iterator[Path]:
         If the folder cannot be read.
     """
     try:
-        for name in sorted(entry for entry in models.iterdir() if is_model(entry)):
-            for version in bundle.versions(name):
-                yield name / str(version)
+        names = sorted(entry for entry in models.iterdir() if is_model(entry))
     except OSError as error:
         raise StartError(
             f"the models folder {str(models)!r} cannot be read: {error.strerror or error}"
         ) from None
+    for name in names:
+        try:
+            versions = bundle.versions(name)
+        except OSError as error:
+            log.error("refused %s: %s", name.name, error.strerror or error)
+            continue
+        for version in versions:
+            yield name / str(version)
 
 
 def is_model(entry: Path) -> bool:

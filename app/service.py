@@ -25,9 +25,9 @@ Answer = dict[str, object]
 Rows = NDArray[np.float32]
 Engines = dict[str, dict[int, Engine]]  # by name and version
 
-# Row-passes of one run, and units of their masks: what bounds the memory of a request.
-ROW_PASSES_AT_ONCE = 4096
-UNITS_AT_ONCE = 2**23
+# What bounds the memory of a request: rows or row-passes of one run, and numbers it computes.
+ROWS_AT_ONCE = 4096
+VALUES_AT_ONCE = 2**24
 # Numbers in the samples of a debug answer.
 MAX_DEBUG_VALUES = 1_000_000
 # A drawn seed is a whole number that JavaScript, too, reads without loss.
@@ -204,12 +204,15 @@ def labels(engine: Engine, probabilities: NDArray[np.floating]) -> list[str]:
 
 def answers(engine: Engine, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
+    if not np.isfinite(outputs).all():
+        raise InputError("inputs", "values so large that what they lead to is beyond float32")
     return uncertainty.softmax(outputs) if engine.manifest.task == "classification" else outputs
 
 
 def deterministic(engine: Engine, x: Rows) -> NDArray[np.float32]:
     """Run eval mode: ``[B, C]``."""
-    parts = [engine.predict(x[r.start : r.stop]) for r in pieces(len(x), ROW_PASSES_AT_ONCE)]
+    at_once = rows_at_once(engine.manifest.values_per_row)
+    parts = [engine.predict(x[r.start : r.stop]) for r in pieces(len(x), at_once)]
     return answers(engine, np.concatenate(parts))
 
 
@@ -221,7 +224,7 @@ def sample(
     A group holds as many rows as fit one run with all their passes; a row with more passes than
     that is a group of its own, run in pieces.
     """
-    at_once = row_passes_at_once(engine)
+    at_once = rows_at_once(engine.manifest.values_per_pass)
     for rows in pieces(len(x), max(1, at_once // passes)):
         group = x[rows.start : rows.stop]
         parts = []
@@ -233,17 +236,16 @@ def sample(
         yield answers(engine, outputs)
 
 
-def row_passes_at_once(engine: Engine) -> int:
-    """Return how many row-passes of a model one run may take."""
-    units = sum(int(np.prod(site.mask_shape)) for site in engine.manifest.sites)
-    return min(ROW_PASSES_AT_ONCE, max(1, UNITS_AT_ONCE // max(1, units)))
+def rows_at_once(values: int) -> int:
+    """Return how many rows or row-passes one run may take that computes ``values`` for each."""
+    return min(ROWS_AT_ONCE, max(1, VALUES_AT_ONCE // values))
 
 
 def kept_shares(engine: Engine, stream: MaskStream, rows: int, passes: int) -> list[float]:
     """Return the share of units that the masks of a request kept at each site."""
     kept = np.zeros(len(engine.manifest.sites))
     for row in range(rows):
-        for some in pieces(passes, row_passes_at_once(engine)):
+        for some in pieces(passes, rows_at_once(engine.manifest.values_per_pass)):
             masks = stream.draw(range(row, row + 1), some)
             kept += [masks[site.mask_input].mean() * len(some) for site in engine.manifest.sites]
     shares: list[float] = (kept / (rows * passes)).tolist()

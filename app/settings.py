@@ -29,7 +29,7 @@ class Settings(BaseSettings):
         "auto", description="where graphs run; auto: cuda where it works, else cpu"
     )
     debug: bool = Field(False, description="answer POST /debug/mc")
-    max_body_bytes: int = Field(8 * 2**20, ge=1, description="longest request body")
+    max_body_bytes: int = Field(4 * 2**20, ge=1, description="longest request body")
     max_rows: int = Field(4096, ge=1, description="most rows of a request")
     max_passes: int = Field(10_000, ge=1, description="most passes of a row")
     max_row_passes: int = Field(1_000_000, ge=1, description="most rows x passes of a request")

@@ -21,8 +21,10 @@ Floats = NDArray[np.float64]
 # Computed as float64; float32 once ``join`` has put it together.
 Statistic = NDArray[np.float32] | NDArray[np.float64]
 
-# A standard error below the rounding of float32 says nothing.
-SMALLEST_STANDARD_ERROR = 1e-6
+# A standard error below what another order of additions changes says nothing.
+ROUNDING = 1e-5
+# Keeps what is 0 throughout from dividing by 0.
+TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,9 @@ def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
     """Return ``(mean of the passes - eval mode) / standard error of the mean``, ``[B, C]``.
 
     About 1 in size where the passes scatter around eval mode; of a single pass not known: NaN.
-    The standard error is taken as at least a millionth of the output, where rounding begins.
+    The standard error is taken as at least 1e-5 of the output, where rounding begins.
     """
-    floor = SMALLEST_STANDARD_ERROR * np.maximum(1.0, np.abs(deterministic))
+    floor = np.maximum(ROUNDING * np.abs(deterministic), TINY)
     gap: Floats = (m.mean - deterministic) / np.maximum(m.standard_error, floor)
     return gap
 

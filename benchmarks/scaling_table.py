@@ -29,6 +29,7 @@ COLUMNS = (
 )
 
 Metrics = dict[str, dict[str, float]]  # by mode and name
+Table = dict[str, dict[str, float]]  # by scaling and column
 
 
 def measure(data: str, scaling: Scaling, seed: int) -> Metrics:
@@ -51,7 +52,7 @@ def main() -> None:
     found: dict[tuple[str, Scaling], list[Metrics]] = {}
     for data, scaling, seed in tqdm(runs, unit="network"):
         found.setdefault((data, scaling), []).append(measure(data, scaling, seed))
-    table = {
+    table: Table = {
         scaling: {
             title: float(np.mean([metrics[mode][name] for metrics in found[data, scaling]]))
             for title, data, mode, name, _ in COLUMNS
@@ -59,11 +60,25 @@ def main() -> None:
         for scaling in SCALINGS
     }
     RESULT.write_text(json.dumps(table, indent=2) + "\n")
-    print("| scaling | " + " | ".join(title for title, *_ in COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 1) + "|")
+    print("\n".join(markdown(table)))
+
+
+def read() -> Table:
+    """Return the table as it was last measured."""
+    table: Table = json.loads(RESULT.read_text())
+    return table
+
+
+def markdown(table: Table) -> list[str]:
+    """Write the table as the README shows it."""
+    lines = [
+        "| scaling | " + " | ".join(title for title, *_ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     for scaling, row in table.items():
         cells = (f"{row[title]:.{digits}f}" for title, *_, digits in COLUMNS)
-        print(f"| `{scaling}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{scaling}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

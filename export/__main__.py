@@ -38,13 +38,22 @@ def export(run: Path, models: Path, name: str) -> Path:
     traced = trace.trace(trained.model, torch.from_numpy(x[:2]))
     sites = sites_of(traced)
     predict, not_folded = predict_graph.build(traced)
+    stochastic = stochastic_graph.build(traced)
     files = {
         bundle.PREDICT: serialize(predict),
-        bundle.STOCHASTIC: serialize(stochastic_graph.build(traced)),
+        bundle.STOCHASTIC: serialize(stochastic),
         bundle.EXAMPLES: examples(trained),
     }
-    reference = TorchReference(trained.model)
-    measured = verify.verify(reference, sites, files[bundle.PREDICT], files[bundle.STOCHASTIC], x)
+    with torch.no_grad():
+        answers = np.asarray(trained.model(torch.from_numpy(x)))
+    measured = verify.verify(
+        TorchReference(trained.model),
+        sites,
+        files[bundle.PREDICT],
+        files[bundle.STOCHASTIC],
+        x,
+        answers,
+    )
     print(verify.describe(measured, sites))
 
     def manifest(version: int, sums: dict[str, str]) -> bundle.Manifest:
@@ -60,6 +69,8 @@ def export(run: Path, models: Path, name: str) -> Path:
                 range=trained.input_range,
             ),
             outputs=bundle.Outputs(name=trace.OUTPUT, labels=trained.holdout.outputs, units=None),
+            values_per_row=predict_graph.values_per(predict, trace.BATCH),
+            values_per_pass=predict_graph.values_per(stochastic, stochastic_graph.PASSES),
             preprocessing="standardisation, folded into both graphs: send raw features",
             sites=tuple(
                 bundle.DropoutSite(
@@ -120,7 +131,7 @@ def parser() -> OneLineParser:
     )
     command.add_argument("run", type=Path, help="directory of the checkpoint")
     command.add_argument("--models", type=Path, required=True, help="folder of all bundles")
-    command.add_argument("--name", help="the model's name (default: the checkpoint directory's)")
+    command.add_argument("--name", help="the model's name; by default the directory's")
     return command
 
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -84,8 +85,8 @@ class DropoutSite(Record):
 class Verification(Record):
     """What was measured before the bundle was published.
 
-    Errors are the largest absolute difference over the tested rows, divided by the largest
-    absolute output where that is more than 1.
+    Errors are the largest difference over the tested rows, relative to the largest value of the
+    same output.
     """
 
     predict_error: float = Field(description="predict.onnx against eval mode.")
@@ -122,6 +123,10 @@ class Manifest(Record):
     input: Input
     outputs: Outputs
     preprocessing: str
+    values_per_row: int = Field(
+        ge=1, description="Numbers that predict.onnx computes for a row: bounds a run's memory."
+    )
+    values_per_pass: int = Field(ge=1, description="Numbers that stochastic.onnx computes a pass.")
     sites: tuple[DropoutSite, ...]
     noise_std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         description="Standard deviation of the targets around the passes, [C]; regression only."
@@ -187,14 +192,17 @@ def publish(
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     model = models / name
     try:
-        model.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=model, prefix=".staging-"))
+        models.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=models, prefix=f".staging-{name}-"))
+    except FileExistsError:
+        raise BundleError(f"cannot write to {models}: it is no folder") from None
     except OSError as error:
         raise BundleError(f"cannot write to {model}: {error.strerror or error}") from None
     try:
         for file, content in files.items():
             (staging / file).write_bytes(content)
         staging.chmod(0o755)
+        model.mkdir(exist_ok=True)
         while True:
             version = max(versions(model), default=0) + 1
             document = manifest(version, sums).model_dump_json(indent=2)
@@ -212,6 +220,8 @@ def publish(
         raise BundleError(f"cannot write to {model}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # not empty, or not made
+            model.rmdir()
 
 
 def read(place: Path) -> Manifest:

@@ -1,5 +1,6 @@
 """Rewrite a traced graph into the eval-mode graph: no dropout, factors folded into weights."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -143,6 +144,17 @@ def constant(graph: ir.Graph, name: str, array: np.typing.NDArray[np.generic]) -
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
+
+
+def values_per(model: ir.Model, axis: str) -> int:
+    """Count the numbers that a graph computes for one row of its first axis, by its name."""
+    counts = [
+        math.prod(d for d in value.shape[1:] if isinstance(d, int))
+        for node in model.graph
+        for value in node.outputs
+        if value.shape is not None and value.shape.rank() and value.shape[0] == axis
+    ]
+    return max(1, sum(counts))
 
 
 def finish(model: ir.Model) -> None:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from export.sites import DOMAIN, ExportError, call_name
-from export.trace import swap_dropouts
-from model.dropout import SCALINGS, CustomDropout, factors
+from export.trace import KnownDropout, swap_dropouts
+from model.dropout import SCALINGS, factors
 
 Floats = NDArray[np.float32]
 Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]
@@ -24,28 +25,8 @@ class VerificationError(ExportError):
     """A graph that does not do what the network does; the message says which, where, how far."""
 
 
-class Replay(nn.Module):
-    """Stands in for a dropout layer and applies masks that were made elsewhere."""
-
-    def __init__(self, name: str, layer: CustomDropout, reference: "TorchReference") -> None:
-        super().__init__()
-        self.name, self.layer = name, layer
-        # In a list, so that torch does not take the reference for a part of this module.
-        self.reference = [reference]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the mask of this call, or the eval factor."""
-        reference = self.reference[0]
-        site = call_name(self.name, reference.calls[self.name])
-        reference.calls[self.name] += 1
-        if reference.masks is None:
-            factor = 1.0 if site == reference.without_factor else self.layer.eval_factor
-            return x * factor
-        return x * torch.from_numpy(reference.masks[site]) * self.layer.train_factor
-
-
 class Reference(Protocol):
-    """What the graphs are held against: a network that is run with masks that come in."""
+    """What the graphs are held against."""
 
     def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
         """Return eval mode's ``[B, C]``; optionally with one site's factor left out."""
@@ -57,6 +38,30 @@ class Reference(Protocol):
         """Raise VerificationError if two runs with the same masks differ."""
 
 
+class Replay(nn.Module):
+    """Stands in for a dropout layer and applies masks that were made elsewhere."""
+
+    def __init__(self, name: str, known: KnownDropout, reference: "TorchReference") -> None:
+        super().__init__()
+        self.name, self.known = name, known
+        # In a list, so that torch does not take the reference for a part of this module.
+        self.reference = [reference]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the mask of this call, or the eval factor."""
+        reference, layer = self.reference[0], self.known.layer
+        site = call_name(self.name, reference.calls[self.name])
+        reference.calls[self.name] += 1
+        if reference.masks is None:
+            factor = 1.0 if site == reference.without_factor else layer.eval_factor
+            return x * factor
+        if site not in reference.masks:
+            raise VerificationError(f"dropout site {site} has no part in the network's output")
+        mask = torch.from_numpy(reference.masks[site]) * layer.train_factor
+        # The layer may change what others read, which a graph cannot: that must show.
+        return x.mul_(mask) if self.known.inplace else x * mask
+
+
 class TorchReference:
     """A torch network."""
 
@@ -64,7 +69,7 @@ class TorchReference:
         self.masks: Mapping[str, NDArray[np.bool_]] | None = None
         self.without_factor: str | None = None
         self.calls: Counter[str] = Counter()
-        self.model = swap_dropouts(model, lambda name, layer: Replay(name, layer, self))
+        self.model = swap_dropouts(model, lambda name, known: Replay(name, known, self))
 
     @torch.no_grad()
     def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
@@ -91,13 +96,12 @@ class TorchReference:
 
     def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
         """Name the module by which two runs with the same masks differ."""
-        outputs: list[list[tuple[str, list[Tensor], Tensor]]] = []
+        runs: list[list[tuple[str, list[Tensor], list[Tensor]]]] = []
 
         def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-            def hook(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-                if isinstance(output, Tensor):
-                    tensors = [value.clone() for value in inputs if isinstance(value, Tensor)]
-                    outputs[-1].append((name or type(module).__name__, tensors, output.clone()))
+            def hook(_: nn.Module, inputs: tuple[object, ...], outputs: object) -> None:
+                title = name or type(module).__name__
+                runs[-1].append((title, tensors(inputs), tensors(outputs)))
 
             return module.register_forward_hook(hook)
 
@@ -106,20 +110,28 @@ class TorchReference:
             with torch.random.fork_rng(devices=[]):
                 for seed in (0, 1):
                     torch.manual_seed(seed)
-                    outputs.append([])
+                    runs.append([])
                     self.train_mode(x, masks)
         finally:
             for handle in handles:
                 handle.remove()
-        first, second = outputs
+        first, second = runs
         # Modules report when they are done, so inner ones come first.
-        for (name, inputs, output), (_, other_inputs, other) in zip(first, second, strict=True):
-            if all(map(torch.equal, inputs, other_inputs)) and not torch.equal(output, other):
-                off = float((output - other).abs().max())
-                raise VerificationError(
-                    f"module {name} has randomness that is no dropout site: two runs with the same "
-                    f"masks differ by {off:.3g}; use a dropout layer instead of a function"
-                )
+        for (name, inputs, outputs), (_, other_inputs, others) in zip(first, second, strict=True):
+            if all(map(torch.equal, inputs, other_inputs)):
+                for output, other in zip(outputs, others, strict=True):
+                    if not torch.equal(output, other):
+                        off = float((output - other).abs().max())
+                        raise VerificationError(
+                            f"module {name} has randomness that is no dropout site: two runs with "
+                            f"the same masks differ by {off:.3g}; use dropout layers in place of "
+                            "functions and of a module's own dropout argument"
+                        )
+
+
+def tensors(value: object) -> list[Tensor]:
+    """Return copies of the tensors in what a module takes or gives."""
+    return [leaf.clone() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class OnnxReference:
@@ -137,7 +149,13 @@ class OnnxReference:
             op_domain = DOMAIN
 
             def _run(
-                self, x: Floats, name: str = "", p: str = "", scaling: int = 0, channels: int = 0
+                self,
+                x: Floats,
+                name: str = "",
+                p: str = "",
+                scaling: int = 0,
+                channels: int = 0,
+                axes: int = 0,
             ) -> tuple[Floats]:
                 train_factor, eval_factor = factors(float(p), SCALINGS[scaling])
                 site = call_name(name, reference.calls[name])

@@ -40,7 +40,7 @@ class Site:
 
 def batch_dimension(model: ir.Model) -> str:
     """Return the name of the batch axis: the first dimension of the graph's one input."""
-    inputs = model.graph.inputs
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1 or len(model.graph.outputs) != 1:
         raise ExportError(
             f"the graph must have one input and one output, not {len(inputs)} and "
@@ -76,6 +76,9 @@ def sites_of(model: ir.Model) -> tuple[Site, ...]:
         shape = node.outputs[0].shape
         if shape is None or not shape.rank() or shape[0] != batch:
             raise ExportError(f"dropout site {name}: the first axis must be the batch, not {shape}")
+        axes = node.attributes["axes"].as_int()
+        if axes not in (0, shape.rank()):
+            raise ExportError(f"dropout site {name}: its input must have {axes} axes, not {shape}")
         units = []
         for dimension in shape[1:]:
             if not isinstance(dimension, int):
@@ -85,14 +88,15 @@ def sites_of(model: ir.Model) -> tuple[Site, ...]:
         p = float(node.attributes["p"].as_string())
         scaling = SCALINGS[node.attributes["scaling"].as_int()]
         train_factor, eval_factor = factors(p, scaling)
+        channels = bool(node.attributes["channels"].as_int())
+        if channels and len(units) < 2:
+            raise ExportError(f"dropout site {name}: no axis behind the channels in {shape}")
         found.append(
             Site(
                 name=name,
                 p=p,
                 scaling=scaling,
-                mask_shape=mask_shape(
-                    tuple(units), channels=bool(node.attributes["channels"].as_int())
-                ),
+                mask_shape=mask_shape(tuple(units), channels),
                 train_factor=train_factor,
                 eval_factor=eval_factor,
                 node=node,
@@ -107,8 +111,8 @@ def call_name(module: str, call: int) -> str:
 
 
 def marker_attributes(
-    name: str, p: float, scaling: Scaling, *, channels: bool
+    name: str, p: float, scaling: Scaling, *, channels: bool, axes: int
 ) -> dict[str, Attribute]:
     """Return the attributes of a marker, as ``sites_of`` reads them."""
     place = SCALINGS.index(scaling)
-    return {"name": name, "p": repr(p), "scaling": place, "channels": int(channels)}
+    return {"name": name, "p": repr(p), "scaling": place, "channels": int(channels), "axes": axes}

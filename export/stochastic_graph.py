@@ -10,6 +10,8 @@ What lies before the first site runs once per input row. Everything behind a sit
 ``rows`` on the way in.
 """
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from export.bundle import ROWS
@@ -17,7 +19,8 @@ from export.predict_graph import finish, fold_factors, multiply
 from export.sites import ExportError, Site, batch_dimension, sites_of
 
 PASSES = "passes"
-SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+GRAPHS = ir.AttributeType.GRAPHS
+SUBGRAPHS = (ir.AttributeType.GRAPH, GRAPHS)
 
 
 def mask_input(site: str) -> str:
@@ -35,6 +38,8 @@ def build(traced: ir.Model) -> ir.Model:
     """
     model = traced.clone()
     graph = model.graph
+    if graph.inputs[0].name == ROWS:
+        raise ExportError(f"the network's input must not be called {ROWS!r}")
     sites = sites_of(model)
     # Train factors are positive, so they go where eval factors go.
     left = fold_factors(graph, sites, lambda site: site.train_factor)
@@ -146,7 +151,8 @@ class Gathering:
         if shape is None or not shape.rank() or shape[0] != self.batch:
             raise ExportError(
                 f"node {consumer.name or consumer.op_type}: its input {value.name!r} of shape "
-                f"{shape} enters the stochastic part, and its first axis is not the batch"
+                f"{shape} enters the stochastic part, and its first axis is not known to be the "
+                "batch"
             )
         node = ir.node("Gather", [value, self.rows], {"axis": 0})
         self.graph.insert_before(consumer, node)
@@ -172,9 +178,7 @@ def downstream(graph: ir.Graph, sources: set[ir.Node]) -> set[ir.Node]:
     """Return ``sources`` and every node that depends on one of them."""
     found: set[ir.Node] = set()
     for node in graph:
-        if node in sources or any(
-            value is not None and value.producer() in found for value in node.inputs
-        ):
+        if node in sources or any(value.producer() in found for value in reads(node)):
             found.add(node)
     return found
 
@@ -183,6 +187,17 @@ def downstream_values(graph: ir.Graph) -> set[ir.Value]:
     """Return the graph's inputs and every value that depends on one of them."""
     found: set[ir.Value] = {value for value in graph.inputs if not value.is_initializer()}
     for node in graph:
-        if any(value in found for value in node.inputs):
+        if any(value in found for value in reads(node)):
             found.update(node.outputs)
     return found
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """List what a node reads, within its branches and loops too."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type in SUBGRAPHS:
+            graphs = attribute.as_graphs() if attribute.type == GRAPHS else [attribute.as_graph()]
+            for graph in graphs:
+                for inner in graph:
+                    yield from reads(inner)

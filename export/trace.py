@@ -9,8 +9,10 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -19,24 +21,42 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from export.sites import DOMAIN, MARKER, ExportError, batch_dimension, marker_attributes
-from model.dropout import CustomDropout, Scaling
+from model.dropout import CustomDropout
 
 INPUT = "x"
 OUTPUT = "output"
 BATCH = "batch"
 
-UNIT_DROPOUTS = (nn.Dropout,)
-CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# Each takes inputs of so many axes as dropout of whole channels; of fewer, torch takes the batch
+# axis for the channels'. 0: any number.
+TORCH_DROPOUTS: dict[type[nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d], int] = {
+    nn.Dropout: 0,
+    nn.Dropout1d: 3,
+    nn.Dropout2d: 4,
+    nn.Dropout3d: 5,
+}
 # These do not multiply by a mask, so neither rewrite could stand for them.
 REFUSED_DROPOUTS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class KnownDropout:
+    """A dropout layer, whoever wrote it."""
+
+    layer: CustomDropout  # acts alike
+    axes: int  # of its input; 0: any number
+    inplace: bool
 
 
 class Marker(nn.Module):
     """Stands in for a dropout layer and leaves a marker node in the graph."""
 
-    def __init__(self, name: str, layer: CustomDropout) -> None:
+    def __init__(self, name: str, known: KnownDropout) -> None:
         super().__init__()
-        self.attributes = marker_attributes(name, layer.p, layer.scaling, channels=layer.channels)
+        self.p = known.layer.p
+        self.attributes = marker_attributes(
+            name, self.p, known.layer.scaling, channels=known.layer.channels, axes=known.axes
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass ``x`` through a symbolic operator of the same shape."""
@@ -52,9 +72,9 @@ class Marker(nn.Module):
 
 
 def swap_dropouts(
-    model: nn.Module, substitute: Callable[[str, CustomDropout], nn.Module]
+    model: nn.Module, substitute: Callable[[str, KnownDropout], nn.Module]
 ) -> nn.Module:
-    """Return a copy of ``model`` with each dropout layer replaced by ``substitute(name, layer)``.
+    """Return a copy of ``model`` with each dropout layer replaced by ``substitute(name, known)``.
 
     Raises
     ------
@@ -65,7 +85,7 @@ def swap_dropouts(
     substitutes = {
         layer: substitute(name, known)
         for name, layer in model.named_modules()
-        if (known := as_custom_dropout(name, layer)) is not None
+        if (known := known_dropout(name, layer)) is not None
     }
     if model in substitutes:
         return substitutes[model]
@@ -76,17 +96,25 @@ def swap_dropouts(
     return model
 
 
-def as_custom_dropout(name: str, layer: nn.Module) -> CustomDropout | None:
-    """Return the ``CustomDropout`` that acts like ``layer``, or None if it is no dropout."""
-    if isinstance(layer, CustomDropout):
-        return layer
+def known_dropout(name: str, layer: nn.Module) -> KnownDropout | None:
+    """Tell how a dropout layer acts, or None if it is no dropout.
+
+    A subclass may act otherwise than its base, so only the very classes are known.
+    """
+    if type(layer) is CustomDropout:
+        return KnownDropout(layer, axes=0, inplace=False)
+    for kind, axes in TORCH_DROPOUTS.items():
+        if type(layer) is kind:
+            if layer.p >= 1.0:
+                raise ExportError(f"{name}: p must be a number in [0, 1), not {layer.p}")
+            alike = CustomDropout(layer.p, "inverted", channels=axes > 0)
+            return KnownDropout(alike, axes, layer.inplace)
     if isinstance(layer, REFUSED_DROPOUTS):
         raise ExportError(f"{name}: {type(layer).__name__} does more than multiply by a mask")
-    if isinstance(layer, (*UNIT_DROPOUTS, *CHANNEL_DROPOUTS)):
-        if layer.p >= 1.0:
-            raise ExportError(f"{name}: p must be a number in [0, 1), not {layer.p}")
-        scaling: Scaling = "inverted"
-        return CustomDropout(layer.p, scaling, channels=isinstance(layer, CHANNEL_DROPOUTS))
+    if isinstance(layer, (CustomDropout, *TORCH_DROPOUTS)):
+        raise ExportError(
+            f"{name}: {type(layer).__name__} is a subclass of a dropout layer and may act otherwise"
+        )
     return None
 
 
@@ -103,7 +131,7 @@ def trace(model: nn.Module, rows: Tensor) -> ir.Model:
     Raises
     ------
     ExportError
-        If a dropout layer is of an unknown kind.
+        If a dropout layer is of an unknown kind, or torch cannot trace the network.
     """
     marked = swap_dropouts(model, Marker).eval()
     # The exporter logs the absence of torchvision and warns about its own deprecations.
@@ -122,6 +150,13 @@ def trace(model: nn.Module, rows: Tensor) -> ir.Model:
                 output_names=[OUTPUT],
                 verbose=False,
             )
+    # torch's exporter wraps whatever went wrong in exceptions of several kinds.
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0]
+        raise ExportError(f"torch cannot trace the network: {reason}") from error
     finally:
         exporter_log.setLevel(level)
     if program is None:
@@ -148,10 +183,14 @@ def from_onnx(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
     except (OSError, DecodeError, ValueError) as error:
         raise ExportError(f"{path}: not a readable ONNX file: {error}") from error
+    # Old exporters list weights among the graph's inputs.
+    passes.RemoveInitializersFromInputsPass()(model)
     batch_dimension(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if (node.domain, node.op_type) == ("", "Dropout"):
+            if node.graph is not model.graph:
+                raise ExportError(f"node {node.name}: a dropout site inside a branch or loop")
             mark_dropout(model.graph, node)
     model.graph.opset_imports[DOMAIN] = 1
     return model
@@ -163,20 +202,23 @@ def mark_dropout(graph: ir.Graph, node: ir.Node) -> None:
     if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         raise ExportError(f"{name}: the mask of an ONNX Dropout is used, which no site can offer")
     ratio = node.inputs[1] if len(node.inputs) > 1 else None
-    if ratio is None:
-        p = 0.5
+    if "ratio" in node.attributes:  # before opset 12
+        value: object = np.float32(node.attributes["ratio"].as_float())
+    elif ratio is None:
+        value = 0.5
     elif ratio.const_value is None:
         raise ExportError(f"{name}: the ratio of an ONNX Dropout must be a constant")
     else:
-        # Through text, so that a float32 ratio of 0.3 is read as 0.3.
-        p = float(str(ratio.const_value.numpy().reshape(-1)[0]))
+        value = ratio.const_value.numpy().reshape(-1)[0]
+    # Through text, so that a float32 ratio of 0.3 is read as 0.3.
+    p = float(str(value))
     if not 0.0 <= p < 1.0:
         raise ExportError(f"{name}: p must be a number in [0, 1), not {p}")
     old = node.outputs[0]
     marker = ir.node(
         MARKER,
         [node.inputs[0]],
-        marker_attributes(name, p, "inverted", channels=False),
+        marker_attributes(name, p, "inverted", channels=False, axes=0),
         domain=DOMAIN,
     )
     marker.outputs[0].shape, marker.outputs[0].type = old.shape, old.type

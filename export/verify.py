@@ -1,19 +1,22 @@
-"""Hold the two exported graphs against torch, value by value, on real rows.
+"""Hold the two exported graphs against the network, value by value, on real rows.
 
 Checked, in this order; the first that fails is a ``VerificationError``:
 
-1. two train-mode runs of the network with the same masks agree: else it has randomness that is no
-   site, and no exported graph could repeat it;
-2. neither graph holds a dropout or random operator;
-3. ``predict.onnx`` equals eval mode on every row;
-4. ``stochastic.onnx`` equals train mode with the same masks, every pass, for 1 row and for many;
-5. two seeds disagree, where a site drops anything.
+1. the reference answers what the network itself answers in eval mode, and each row as it does
+   alone: a network that mixes the rows of a batch would answer requests by what runs beside them;
+2. two train-mode runs with the same masks agree: else there is randomness that is no site, and no
+   exported graph could repeat it;
+3. neither graph holds a dropout or random operator;
+4. ``predict.onnx`` equals eval mode on every row;
+5. ``stochastic.onnx`` equals train mode with the same masks, every pass, for 1 row and for many;
+   and a pass alone equals the same pass beside others;
+6. two seeds disagree, where a site drops anything.
 
 Measured and not judged: the expectation gap, the distance of the mean of many passes from eval
 mode. With ``classic`` and ``inverted`` it is zero where the network behind the sites is linear.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -25,7 +28,7 @@ from export.reference import Floats, Masks, Reference, VerificationError
 from export.sites import Site
 from export.stochastic_graph import mask_input
 
-# Of outputs up to 1, and of the largest output where that is more.
+# Of the largest value of each output: each target counts in its own unit.
 TOLERANCE = 1e-5
 RANDOM_OPERATORS = {
     "Bernoulli",
@@ -40,12 +43,15 @@ SEED = 0
 MANY_ROWS = 64
 PASSES_OF_ONE_ROW = 100
 PASSES_OF_MANY_ROWS = 4
+ROWS_ALONE = 8
 GAP_ROWS = 64
 GAP_PASSES = 1000
 # Bounds the memory of one run.
 ROW_PASSES_AT_ONCE = 4096
-# A standard error below the rounding of float32 says nothing.
-SMALLEST_STANDARD_ERROR = 1e-6
+# A standard error below what another order of additions changes says nothing.
+ROUNDING = 1e-5
+# Keeps what is 0 throughout from dividing by 0.
+TINY = float(np.finfo(np.float32).tiny)
 
 
 class Graph:
@@ -86,33 +92,54 @@ def first_line(error: Exception) -> str:
 
 
 def verify(
-    reference: Reference, sites: tuple[Site, ...], predict: bytes, stochastic: bytes, x: Floats
+    reference: Reference,
+    sites: tuple[Site, ...],
+    predict: bytes,
+    stochastic: bytes,
+    x: Floats,
+    answers: Floats,
 ) -> Verification:
-    """Check two graphs against their reference on the rows ``x [B, ...]``.
+    """Check two graphs on real rows.
+
+    Parameters
+    ----------
+    reference
+        The network, run with masks that come in.
+    sites
+        Its dropout sites.
+    predict, stochastic
+        The graphs, as the bytes of ONNX files.
+    x
+        Rows ``[B, ...]``.
+    answers
+        What the network itself answers to them in eval mode, ``[B, C]``.
 
     Raises
     ------
     VerificationError
         If a check fails.
     """
+    check_reference(reference, x, answers)
     some = x[:MANY_ROWS]
     masks = draw_masks(sites, len(some), np.random.default_rng(SEED))
     reference.check_no_other_randomness(some, masks)
     for name, content in ((PREDICT, predict), (STOCHASTIC, stochastic)):
         check_operators(name, content)
-    predict_error = check_predict(reference, sites, Graph(PREDICT, predict), x)
+    scale = np.abs(answers).max(axis=0)
+    predict_error = check_predict(reference, sites, Graph(PREDICT, predict), x, scale)
     graph = Graph(STOCHASTIC, stochastic)
     stochastic_error = max(
-        check_stochastic(reference, sites, graph, x[:rows], passes)
+        check_stochastic(reference, sites, graph, x[:rows], passes, scale)
         for rows, passes in ((1, PASSES_OF_ONE_ROW), (MANY_ROWS, PASSES_OF_MANY_ROWS))
     )
+    check_passes_alone(sites, graph, x[:ROWS_ALONE], scale)
     check_seeds_disagree(sites, graph, x[:1])
     gap = expectation_gap(reference, sites, graph, x[:GAP_ROWS])
     return Verification(
         predict_error=predict_error,
         predict_rows=len(x),
         stochastic_error=stochastic_error,
-        stochastic_passes=PASSES_OF_ONE_ROW + PASSES_OF_MANY_ROWS * len(x[:MANY_ROWS]),
+        stochastic_passes=PASSES_OF_ONE_ROW + PASSES_OF_MANY_ROWS * len(some),
         expectation_gap=float(np.sqrt((gap**2).mean())),
         expectation_gap_largest=float(np.abs(gap).max()),
         expectation_gap_passes=GAP_PASSES,
@@ -127,32 +154,88 @@ def draw_masks(sites: tuple[Site, ...], passes: int, generator: np.random.Genera
     }
 
 
-def difference(measured: Floats, expected: Floats) -> float:
-    """Return the largest difference, relative to the largest output where that is more than 1."""
+def difference(measured: Floats, expected: Floats, scale: Floats) -> float:
+    """Return the largest difference of ``[N, C]``, relative to the largest value of each output.
+
+    ``scale [C]`` are the outputs' largest values elsewhere, for where ``expected`` is small.
+    """
     if measured.shape != expected.shape:
         return float("inf")
-    distance = np.abs(measured.astype(np.float64) - expected).max()
+    largest = np.maximum(scale, np.abs(expected).max(axis=0))
+    distance = np.abs(measured.astype(np.float64) - expected) / np.maximum(largest, TINY)
     # A NaN on either side is as far off as can be.
-    return float(np.nan_to_num(distance / max(1.0, np.abs(expected).max()), nan=np.inf))
+    return float(np.nan_to_num(distance, nan=np.inf).max())
+
+
+def check_reference(reference: Reference, x: Floats, answers: Floats) -> None:
+    """Raise unless the reference is true to the network, and answers each row as it does alone."""
+    if answers.ndim != 2:
+        raise VerificationError(f"the network must answer [B, C], not {list(answers.shape)}")
+    scale = np.abs(answers).max(axis=0)
+    error = difference(reference.eval_mode(x), answers, scale)
+    if error > TOLERANCE:
+        raise VerificationError(
+            f"with its dropout layers replaced, the network is off from itself by {error:.3g}: "
+            "a layer acts otherwise than dropout"
+        )
+    alone = np.concatenate([reference.eval_mode(row[None]) for row in x[:ROWS_ALONE]])
+    error = difference(alone, answers[:ROWS_ALONE], scale)
+    if error > TOLERANCE:
+        raise VerificationError(
+            f"the network mixes the rows of a batch: a row alone is off by {error:.3g}"
+        )
+
+
+def check_passes_alone(sites: tuple[Site, ...], graph: Graph, x: Floats, scale: Floats) -> None:
+    """Raise if a pass depends on which others run beside it."""
+    masks = draw_masks(sites, len(x), np.random.default_rng(SEED))
+    together = graph.passes(x, np.arange(len(x)), masks)
+    alone = np.concatenate(
+        [
+            graph.passes(
+                x[n : n + 1],
+                np.zeros(1, np.int64),
+                {site: mask[n : n + 1] for site, mask in masks.items()},
+            )
+            for n in range(len(x))
+        ]
+    )
+    error = difference(alone, together, scale)
+    if error > TOLERANCE:
+        raise VerificationError(
+            f"the network mixes the rows of a batch: a pass alone is off by {error:.3g}"
+        )
 
 
 def check_operators(name: str, content: bytes) -> None:
-    """Raise if a graph holds a dropout or random operator."""
-    for node in onnx.load_from_string(content).graph.node:
+    """Raise if a graph holds a dropout or random operator, wherever it may be."""
+    model = onnx.load_from_string(content)
+    for node in nodes_of([*model.graph.node, *(n for f in model.functions for n in f.node)]):
         if node.op_type in RANDOM_OPERATORS:
             raise VerificationError(f"{name}: node {node.name} is a {node.op_type}")
 
 
-def check_predict(reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats) -> float:
+def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """List nodes, and those of their branches and loops."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from nodes_of(graph.node)
+
+
+def check_predict(
+    reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats, scale: Floats
+) -> float:
     """Return how far the eval-mode graph is from torch; raise if too far."""
     measured = graph.run({graph.input: x})
-    error = difference(measured, reference.eval_mode(x))
+    error = difference(measured, reference.eval_mode(x), scale)
     if error > TOLERANCE:
         suspects = [
             site.name
             for site in sites
             if site.eval_factor != 1.0
-            and difference(measured, reference.eval_mode(x, site.name)) <= TOLERANCE
+            and difference(measured, reference.eval_mode(x, site.name), scale) <= TOLERANCE
         ]
         at = f"; the factor of site {suspects[0]} is left out" if suspects else ""
         raise VerificationError(
@@ -162,7 +245,12 @@ def check_predict(reference: Reference, sites: tuple[Site, ...], graph: Graph, x
 
 
 def check_stochastic(
-    reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats, passes: int
+    reference: Reference,
+    sites: tuple[Site, ...],
+    graph: Graph,
+    x: Floats,
+    passes: int,
+    scale: Floats,
 ) -> float:
     """Return how far ``passes`` of each row are from torch with the same masks; raise if too far.
 
@@ -171,12 +259,12 @@ def check_stochastic(
     generator = np.random.default_rng(SEED)
     rows = generator.permutation(np.repeat(np.arange(len(x)), passes))
     masks = draw_masks(sites, len(rows), generator)
-    error = difference(graph.passes(x, rows, masks), reference.train_mode(x[rows], masks))
+    error = difference(graph.passes(x, rows, masks), reference.train_mode(x[rows], masks), scale)
     if error > TOLERANCE:
         raise VerificationError(
             f"{STOCHASTIC} is off from train mode with the same masks by {error:.3g} "
             f"(allowed: {TOLERANCE:g}), {len(x)} rows, {passes} passes each"
-            + blame(reference, sites, graph, x, rows, masks)
+            + blame(reference, sites, graph, x, rows, masks, scale)
         )
     return error
 
@@ -188,16 +276,18 @@ def blame(
     x: Floats,
     rows: NDArray[np.int64],
     masks: Masks,
+    scale: Floats,
 ) -> str:
     """Say at which site the graph goes astray: where one site's mask alone makes a difference."""
+
+    def error_with(some: Masks) -> float:
+        return difference(graph.passes(x, rows, some), reference.train_mode(x[rows], some), scale)
+
     keep_all = {site: np.ones_like(mask) for site, mask in masks.items()}
-    if difference(graph.passes(x, rows, keep_all), reference.train_mode(x[rows], keep_all)) > (
-        TOLERANCE
-    ):
+    if error_with(keep_all) > TOLERANCE:
         return "; also with masks that keep every unit"
     for site in sites:
-        one = {**keep_all, site.name: masks[site.name]}
-        error = difference(graph.passes(x, rows, one), reference.train_mode(x[rows], one))
+        error = error_with({**keep_all, site.name: masks[site.name]})
         if error > TOLERANCE:
             return f"; at site {site.name} by {error:.3g}"
     return ""
@@ -231,7 +321,7 @@ def expectation_gap(
     values = np.concatenate(samples).astype(np.float64)  # [T, B, C]
     expected = reference.eval_mode(x).astype(np.float64)
     standard_error = values.std(axis=0, ddof=1) / np.sqrt(GAP_PASSES)
-    floor = SMALLEST_STANDARD_ERROR * np.maximum(1.0, np.abs(expected))
+    floor = np.maximum(ROUNDING * np.abs(expected), TINY)
     gap: NDArray[np.float64] = (values.mean(axis=0) - expected) / np.maximum(standard_error, floor)
     return gap
 

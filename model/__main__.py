@@ -116,7 +116,7 @@ def print_metrics(trained: training.Trained, rows: int) -> None:
     """Print the held-out metrics, eval mode beside the Monte Carlo mean."""
     print(f"{f'held out: {rows} rows':<24}{'eval mode':>12}{'100 passes':>12}")
     for name, value in trained.metrics["eval"].items():
-        print(f"{name:<24}{value:>12.4f}{trained.metrics['mc'][name]:>12.4f}")
+        print(f"{name:<24}{value:>12.4g}{trained.metrics['mc'][name]:>12.4g}")
 
 
 def main() -> int:

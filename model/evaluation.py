@@ -109,7 +109,9 @@ def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
 
 def fit_noise(samples: Floats, y: Floats) -> Floats:
     """Return the observation noise std ``[C]`` that makes ``y [B, C]`` likeliest."""
-    spread = np.maximum(np.sqrt(((y - samples.mean(axis=0)) ** 2).mean(axis=0)), 1e-6)  # [C]
+    spread = np.sqrt(((y - samples.mean(axis=0)) ** 2).mean(axis=0))  # [C]
+    # A perfect fit still has the rounding of float32, in the target's own unit.
+    spread = np.maximum(spread, np.maximum(1e-6 * np.abs(y).max(axis=0), 1e-30))
 
     def fit_one(output: int) -> float:
         column = slice(output, output + 1)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -99,8 +100,6 @@ def service(models: Path, **environment: str) -> Iterator[httpx.Client]:
 
 def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
     """Return the address that a starting service says it listens on."""
-    import time
-
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         text = os.pread(log, 1 << 20, 0).decode()
@@ -108,6 +107,14 @@ def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
             return found[1]
         time.sleep(0.05)
     raise AssertionError(f"the service did not start: {os.pread(log, 1 << 20, 0).decode()}")
+
+
+def memory(client: httpx.Client, field: str) -> int:
+    """Return resident memory of the service in bytes: now (VmRSS) or the most ever (VmHWM)."""
+    status = Path(f"/proc/{client.headers['x-test-pid']}/status").read_text()
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found
+    return int(found[1]) * 1024
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> FastAPI:
         title="dropserve",
         description="Predictions of networks with dropout, and how sure they are of them.",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     problems.register(app)
 

@@ -7,7 +7,8 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel
 
-from app.api.problems import BodyError
+from app.api.problems import LONGEST_PATH, BodyError
+from app.errors import InputError
 
 Typed = TypeVar("Typed", bound=BaseModel)
 
@@ -19,7 +20,7 @@ async def read(request: Request, model: type[Typed], max_bytes: int) -> Typed:
     ------
     BodyError
         415 if it is not said to be JSON, 413 if it is too long, 400 if it is no JSON.
-    ValidationError
+    InputError, ValidationError
         If its content is not what ``model`` allows.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -33,6 +34,10 @@ async def read(request: Request, model: type[Typed], max_bytes: int) -> Typed:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BodyError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
+    # Before pydantic, which would describe each of a million unknown fields.
+    if isinstance(document, dict) and not document.keys() <= model.model_fields.keys():
+        unknown = next(field for field in document if field not in model.model_fields)
+        raise InputError(unknown[:LONGEST_PATH], f"allowed are {', '.join(model.model_fields)}")
     return model.model_validate(document)
 
 

@@ -9,6 +9,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.errors import DebugOff, InputError, UnknownModel
 
@@ -91,6 +92,11 @@ def register(app: FastAPI) -> None:
     @app.exception_handler(UnknownModel)
     async def unknown(request: Request, error: UnknownModel) -> Response:
         return problem(request, 404, str(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        # Nobody reads this, and the log has nothing to learn from it.
+        return problem(request, 400, "the body was not sent to its end")
 
     @app.exception_handler(DebugOff)
     async def debug_off(request: Request, error: DebugOff) -> Response:

@@ -93,7 +93,7 @@ def test_a_models_folder_that_cannot_be_written_is_one_line_and_status_1(
         monkeypatch, capsys, str(built / "runs" / "diabetes"), "--models", str(tmp_path / "file")
     )
     assert status == 1
-    assert line.endswith("file/diabetes: Not a directory")
+    assert line.endswith("file: it is no folder")
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "--models"], ["--nonsense"]])

@@ -1,5 +1,6 @@
 """Verification catches what is wrong, and says which graph, where and how far off."""
 
+import copy
 import re
 from functools import cache
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 from export import predict_graph, stochastic_graph, trace, verify
 from export.bundle import Verification
 from export.reference import TorchReference, VerificationError
-from export.sites import sites_of
+from export.sites import Site, sites_of
 from model import datasets
 from model.dropout import CustomDropout, Scaling
 from model.networks import Model, NetworkConfig, NetworkName
@@ -47,7 +48,9 @@ def export(model: nn.Module) -> tuple[ir.Model, ir.Model, ir.Model]:
 
 def check(model: nn.Module, source: ir.Model, predict: ir.Model, stochastic: ir.Model) -> object:
     graphs = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
-    return verify.verify(TorchReference(model), sites_of(source), graphs[0], graphs[1], X)
+    with torch.no_grad():
+        answers = model(torch.from_numpy(X)).numpy()
+    return verify.verify(TorchReference(model), sites_of(source), graphs[0], graphs[1], X, answers)
 
 
 def named(graph: ir.Model, operator: str) -> list[ir.Node]:
@@ -187,6 +190,102 @@ def test_randomness_that_is_no_site_is_named_by_its_module() -> None:
     with pytest.raises(
         VerificationError, match=r"^module block has randomness that is no dropout site: "
     ):
+        check(model, source, predict, stochastic)
+
+
+class InnerDropout(nn.Module):
+    """Randomness in the argument of a module that answers a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = CustomDropout(0.5, "classic")
+        self.lstm = nn.LSTM(8, 8, num_layers=2, dropout=0.3, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, _ = self.lstm(self.drop(x))
+        out: torch.Tensor = self.out(states[:, -1])
+        return out
+
+
+def test_randomness_of_a_modules_own_argument_is_named_by_that_module() -> None:
+    torch.manual_seed(0)
+    model = InnerDropout().eval()
+    site = Site("drop", 0.5, "classic", (8, 8), 1.0, 0.5, ir.node("Relu", []))
+    masks = verify.draw_masks((site,), 4, np.random.default_rng(0))
+    with pytest.raises(VerificationError, match=r"^module lstm has randomness .* own dropout arg"):
+        TorchReference(model).check_no_other_randomness(X[:4], masks)
+
+
+class Mixing(nn.Module):
+    """Centres a batch by its own mean, before or behind the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 16)
+        self.drop = CustomDropout(0.5, "classic")
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.drop(torch.relu(self.hidden(x.flatten(1))))
+        out: torch.Tensor = self.out(h - h.mean(0))
+        return out
+
+
+def test_a_network_that_mixes_the_rows_of_a_batch_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Mixing().eval()
+    with pytest.raises(VerificationError, match=r"mixes the rows of a batch: a row alone is off"):
+        check(model, *export(model))
+
+
+def test_a_graph_whose_passes_depend_on_each_other_is_refused() -> None:
+    model = network("mlp")
+    source, _, stochastic = export(model)
+    (gather,) = named(stochastic, "Gather")
+    uses = list(gather.outputs[0].uses())
+    axes = value("axes", np.array([0]))
+    stochastic.graph.register_initializer(axes)
+    mean = ir.node("ReduceMean", [gather.outputs[0], axes])
+    centred = ir.node("Sub", [gather.outputs[0], mean.outputs[0]])
+    for use in uses:
+        use.node.replace_input_with(use.idx, centred.outputs[0])
+    stochastic.graph.insert_after(gather, [mean, centred])
+    graph = verify.Graph("stochastic.onnx", ir.to_proto(stochastic).SerializeToString())
+    with pytest.raises(VerificationError, match=r"mixes the rows of a batch: a pass alone is off"):
+        verify.check_passes_alone(sites_of(source), graph, X[:8], np.ones(10, np.float32))
+
+
+def value(name: str, array: NDArray[np.int64]) -> ir.Value:
+    return ir.val(name, const_value=ir.tensor(array, name=name))
+
+
+def test_passes_that_are_equal_for_all_seeds_are_refused() -> None:
+    model = network("mlp", hidden=(32,))
+    source, _, stochastic = export(model)
+    bypass(named(stochastic, "Mul")[0])
+    graph = verify.Graph("stochastic.onnx", ir.to_proto(stochastic).SerializeToString())
+    with pytest.raises(VerificationError, match="two seeds give the same 100 passes"):
+        verify.check_seeds_disagree(sites_of(source), graph, X[:1])
+
+
+@pytest.mark.parametrize("units", [1e-6, 1.0, 1e6])
+def test_errors_count_in_each_targets_own_unit(units: float) -> None:
+    """A small target's weights may be zero, and no large target beside it may hide that."""
+    model = copy.deepcopy(network("mlp", hidden=(32,)))
+    scale = torch.full((10,), units)
+    scale[3] = 1e-3 * units
+    model.fold_target_scale(torch.zeros(10), scale)
+    source, predict, stochastic = export(model)
+    result = check(model, source, predict, stochastic)
+    assert isinstance(result, Verification)
+    weight = named(stochastic, "Gemm")[-1].inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    broken = weight.const_value.numpy().copy()
+    broken[3] = 0.0
+    weight.const_value = ir.tensor(broken)
+    with pytest.raises(VerificationError, match=r"^stochastic.onnx is off"):
         check(model, source, predict, stochastic)
 
 

@@ -65,7 +65,7 @@ def write_values(path: Path, target: str) -> None:
 def table(out: str) -> dict[str, tuple[float, float]]:
     """Read the metrics of both columns of the printed table."""
     assert re.search(r"^held out: \d+ rows +eval mode +100 passes$", out, re.MULTILINE)
-    rows = re.findall(r"^(\w+) +(-?\d+\.\d{4}) +(-?\d+\.\d{4})$", out, re.MULTILINE)
+    rows = re.findall(r"^(\w+) +(-?[\d.e-]+) +(-?[\d.e-]+)$", out, re.MULTILINE)
     return {name: (float(left), float(right)) for name, left, right in rows}
 
 
@@ -87,8 +87,8 @@ def test_the_default_is_digits_with_classic_scaling(train: Train, tmp_path: Path
     printed = table(done.out)
     assert list(printed) == ["accuracy", "nll", "brier", "ece"]
     for name, (left, right) in printed.items():
-        assert left == pytest.approx(saved.metrics["eval"][name], abs=6e-5)
-        assert right == pytest.approx(saved.metrics["mc"][name], abs=6e-5)
+        assert left == pytest.approx(saved.metrics["eval"][name], rel=6e-4)
+        assert right == pytest.approx(saved.metrics["mc"][name], rel=6e-4)
     assert saved.feature_ranges == ()
     assert saved.input_range == (0.0, 16.0)
     assert done.out.splitlines()[-1] == "wrote runs/digits"
