@@ -204,9 +204,14 @@ def labels(engine: Engine, probabilities: NDArray[np.floating]) -> list[str]:
 
 def answers(engine: Engine, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
-    if not np.isfinite(outputs).all():
-        raise InputError("inputs", "values so large that what they lead to is beyond float32")
+    check_finite(outputs)
     return uncertainty.softmax(outputs) if engine.manifest.task == "classification" else outputs
+
+
+def check_finite(numbers: NDArray[np.floating]) -> None:
+    """Raise InputError where an answer would hold infinity or NaN."""
+    if not np.isfinite(numbers).all():
+        raise InputError("inputs", "values so large that what they lead to is beyond float32")
 
 
 def deterministic(engine: Engine, x: Rows) -> NDArray[np.float32]:
@@ -265,6 +270,8 @@ def summarize(
         if classification:
             entropy_parts.append(uncertainty.entropies(samples))
     m = uncertainty.join(moment_parts)
+    # Passes that are finite can lie further apart than float32 reaches.
+    check_finite(m.std)
     answer: Answer = {"labels": labels(engine, m.mean)} if classification else {}
     answer |= {
         "mean": m.mean,
