@@ -52,7 +52,17 @@ def main() -> int:
         return 1
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("listening on http://%s:%d", host, listener.getsockname()[1])
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            # It is one, though its __call__ is no coroutine function.
+            interface="asgi3",
+            # Nothing here asks who the client is.
+            proxy_headers=False,
+            log_config=None,
+            log_level="warning",
+        )
+    )
     # Once it has answered what was under way, uvicorn raises Ctrl-C again.
     with contextlib.suppress(KeyboardInterrupt):
         server.run([listener])

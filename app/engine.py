@@ -15,7 +15,7 @@ ERRORS_ONLY = 3
 
 
 class Engine:
-    """The two sessions of a bundle.
+    """The two sessions of a bundle, each of whose runs takes ``threads`` CPUs.
 
     Raises
     ------
@@ -25,14 +25,14 @@ class Engine:
         If the device's provider does not load.
     """
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    def __init__(self, bundle: Bundle, device: Device, threads: int = 1) -> None:
         self.manifest: Manifest = bundle.manifest
         rows = {self.manifest.input.name: self.manifest.input.shape}
         masks = {site.mask_input: site.mask_shape for site in self.manifest.sites}
         outputs = len(self.manifest.outputs.labels)
-        self.predict_session = load(PREDICT, bundle.predict, device, rows, outputs)
+        self.predict_session = load(PREDICT, bundle.predict, device, threads, rows, outputs)
         self.stochastic_session = load(
-            STOCHASTIC, bundle.stochastic, device, rows | {ROWS: ()} | masks, outputs
+            STOCHASTIC, bundle.stochastic, device, threads, rows | {ROWS: ()} | masks, outputs
         )
         self.device = device
         self.provider: str = self.predict_session.get_providers()[0]
@@ -70,12 +70,17 @@ class Engine:
 
 
 def load(
-    file: str, graph: bytes, device: Device, inputs: dict[str, tuple[int, ...]], outputs: int
+    file: str,
+    graph: bytes,
+    device: Device,
+    threads: int,
+    inputs: dict[str, tuple[int, ...]],
+    outputs: int,
 ) -> onnxruntime.InferenceSession:
     """Load a graph that takes the given inputs, shapes without the first axis, to ``[., C]``."""
     options = onnxruntime.SessionOptions()
     # Left alone, onnxruntime sizes its pools from the host, not from what this process may use.
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # The arena would keep the memory of the largest run for good.
     options.enable_cpu_mem_arena = False

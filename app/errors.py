@@ -1,6 +1,6 @@
 """What can go wrong, as exceptions whose message is for a person.
 
-``api.problems`` turns the first three into HTTP answers, ``__main__`` the others into an exit
+``api.problems`` turns the first two into HTTP answers, ``__main__`` the others into an exit
 status.
 """
 
@@ -24,10 +24,6 @@ class InputError(Exception):
 
 class UnknownModel(Exception):
     """A model or version that is not served."""
-
-
-class DebugOff(Exception):
-    """The debug endpoint was asked for and is not switched on."""
 
 
 class StartError(Exception):

@@ -10,6 +10,7 @@ the same whether 50 or 100 are asked for. A unit is kept where its 16 bits, read
 at least ``p * 65536`` rounded: p is met within 2^-17.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,7 +66,7 @@ class MaskStream:
         self, number: int, site: DropoutSite, rows: range, passes: range
     ) -> NDArray[np.bool_]:
         """Draw the masks ``[N, *mask_shape]`` of one site."""
-        units = int(np.prod(site.mask_shape))
+        units = math.prod(site.mask_shape)
         blocks = -(-units // UNITS_A_BLOCK)
         size = len(passes) * blocks * BLOCK  # of a row's stream
         stream = np.empty((len(rows), size), np.uint8)

@@ -1,7 +1,9 @@
 """Turn the ``inputs`` of a request, nested lists of JSON numbers, into an array."""
 
 import math
+import struct
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from app.errors import InputError
 
 LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = {int, float}
+LISTS = {list}
 
 
 def rows_from_lists(
@@ -23,21 +26,46 @@ def rows_from_lists(
         If there are no rows or more than ``max_rows``, a row is not of that shape, or a value is
         no number of float32 (a boolean is none).
     """
+    check_count(inputs, max_rows)
+    rows = rows_at_once(inputs, shape)
+    return rows_one_by_one(inputs, shape) if rows is None else rows
+
+
+def check_count(inputs: list[object], max_rows: int) -> None:
+    """Raise InputError if there are no rows or more than ``max_rows``."""
     if not inputs:
         raise InputError("inputs", "at least one row is needed")
     if len(inputs) > max_rows:
         raise InputError("inputs", f"at most {max_rows} rows are allowed, not {len(inputs)}")
-    flat: list[object] = []
+
+
+def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Return the rows where all are flat, or all nested, and nothing is wrong; else None."""
+    lengths = (math.prod(shape),) if is_flat(inputs[0], shape) else shape
+    # What they are is checked as they are unpacked.
+    values: list[Any] = inputs
+    for length in lengths:
+        if not LISTS.issuperset(map(type, values)) or {length} != set(map(len, values)):
+            return None
+        values = list(chain.from_iterable(values))
+    if not NUMBERS.issuperset(map(type, values)):
+        return None
+    try:
+        # Unlike native packing, and numpy's, this does not make infinity of what is too large.
+        packed = struct.pack(f"<{len(values)}f", *values)
+    except (OverflowError, struct.error):  # of a float, of a whole number
+        return None
+    return np.frombuffer(packed, "<f4").reshape(len(inputs), *shape)
+
+
+def rows_one_by_one(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the rows, or say what is wrong, and where."""
+    flat: list[Any] = []
     for number, row in enumerate(inputs):
         flat.extend(flat_row(row, shape, f"inputs.{number}"))
-    if set(map(type, flat)) <= NUMBERS:
-        # numpy reads whole numbers of any size as float64 here.
-        values = np.array(flat, dtype=np.float64)
-        if (np.abs(values) <= LARGEST).all():
-            return values.astype(np.float32).reshape(len(inputs), *shape)
     for number, row in enumerate(inputs):
         check_numbers(row, 1 if is_flat(row, shape) else len(shape), f"inputs.{number}")
-    raise AssertionError("a value is no number, yet none was found")
+    return np.array(flat, np.float32).reshape(len(inputs), *shape)
 
 
 def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:

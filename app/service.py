@@ -1,33 +1,39 @@
 """Answer requests: find the model, run it in chunks of bounded memory, put the answer together.
 
+A request is a generator of steps: it yields the runs it needs, is sent what came out, and returns
+its answer. So one text serves both ways of answering: ``alone``, a step after the other in the
+caller's thread, and ``Service.answer``, on an event loop, where the runs are shared with the
+requests beside it.
+
 Answers are dictionaries of arrays, named as the HTTP interface names them.
 """
 
+import asyncio
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from app import repository, uncertainty
+from app import batching, repository, runs, uncertainty
+from app.batching import Batcher
 from app.device import Device
 from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, StartError, UnknownModel
 from app.masks import MaskStream
-from app.rows import rows_from_lists
-from export.bundle import BundleError
+from app.rows import check_count, rows_from_lists
+from app.runs import Draw, Inputs, Prediction
+from app.uncertainty import Entropies, Moments, Samples
+from export.bundle import BundleError, Manifest
 
 Answer = dict[str, object]
-Rows = NDArray[np.float32]
 Engines = dict[str, dict[int, Engine]]  # by name and version
 
-# What bounds the memory of a request: rows or row-passes of one run, and numbers it computes.
-ROWS_AT_ONCE = 4096
-VALUES_AT_ONCE = 2**24
 # Numbers in the samples of a debug answer.
 MAX_DEBUG_VALUES = 1_000_000
 # A drawn seed is a whole number that JavaScript, too, reads without loss.
@@ -36,8 +42,10 @@ SEED_BITS = 53
 log = logging.getLogger(__name__)
 
 
-def load_engines(models: Path, device: Literal["auto"] | Device) -> Engines:
+def load_engines(models: Path, device: Literal["auto"] | Device, threads: int = 1) -> Engines:
     """Load every bundle in the models folder; one that is refused costs a line in the log.
+
+    Each run of a graph takes ``threads`` CPUs.
 
     Raises
     ------
@@ -52,13 +60,13 @@ def load_engines(models: Path, device: Literal["auto"] | Device) -> Engines:
         try:
             bundle = repository.read(place)
             try:
-                engine = Engine(bundle, chosen)
+                engine = Engine(bundle, chosen, threads)
             except DeviceUnavailable as error:
                 if device != "auto":
                     raise
                 log.warning("serving on the CPU: %s", error)
                 chosen = "cpu"
-                engine = Engine(bundle, chosen)
+                engine = Engine(bundle, chosen, threads)
         except BundleError as error:
             log.error("refused %s: %s", title, error)
             continue
@@ -81,99 +89,228 @@ class Query:
     interval: float
 
 
+class Shared(NamedTuple):
+    """A step: a job for a run that other requests may share."""
+
+    batcher: Batcher[Any, Any]
+    job: object
+    size: int
+
+
+class Aside(NamedTuple):
+    """A step: work that is long, and not a run."""
+
+    work: Callable[[], object]
+
+
+# What a step is sent depends on the step, so no one type says it.
+Steps = Generator[Shared | Aside, Any, Answer]
+Part = Generator[Shared | Aside, Any, Any]
+
+
+class Model:
+    """An engine, and the runs that requests share."""
+
+    def __init__(self, engine: Engine, worker: Executor) -> None:
+        self.engine = engine
+        self.manifest = engine.manifest
+        self.names = self.manifest.outputs.labels
+        self.classification = self.manifest.task == "classification"
+        # Who answers.
+        self.identity: Answer = {"model": self.manifest.name, "version": self.manifest.version}
+        self.summarize = partial(summarize, self.manifest)
+        self.most_rows = runs.most_at_once(self.manifest.values_per_row)
+        self.most_passes = runs.most_at_once(self.manifest.values_per_pass)
+        predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
+        row = np.zeros((1, *self.manifest.input.shape), np.float32)
+        stream = MaskStream(0, self.manifest.sites)
+        finish = partial(self.summarize, 0.9)
+        pace = batching.measure(lambda size: predict([row.repeat(size, axis=0)]), self.most_rows)
+        self.predictions = Batcher(predict, pace, self.most_rows, worker)
+        pace = batching.measure(
+            lambda size: draw([Draw(row, stream, range(1), range(size), finish)]), self.most_passes
+        )
+        self.draws = Batcher(draw, pace, self.most_passes, worker)
+
+    def labels(self, largest: list[int]) -> list[str]:
+        """Name the likeliest class of each row."""
+        return [self.names[place] for place in largest]
+
+    def deterministic(self, inputs: Inputs) -> Part:
+        """Run eval mode; give a ``Prediction`` of all rows."""
+        if len(inputs) <= self.most_rows:
+            return (yield Shared(self.predictions, inputs, len(inputs)))
+        outputs, largest = [], []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), self.most_rows):
+            part = yield Shared(self.predictions, x[rows.start : rows.stop], len(rows))
+            outputs.append(part.outputs)
+            largest += part.largest
+        return Prediction(runs.joined(outputs), largest)
+
+    def read(self, inputs: Inputs) -> Part:
+        """Give rows of more than one run as an array, so that faults are found before any run."""
+        if isinstance(inputs, list):
+            shape = self.manifest.input.shape
+            return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
+        return inputs
+
+    def sample(
+        self, inputs: Inputs, stream: MaskStream, passes: int, finish: Callable[[Samples], object]
+    ) -> Part:
+        """Run train-mode passes; give what ``finish`` makes of each group of rows' samples.
+
+        A group holds as many rows as fit one run with all their passes. A row with more passes
+        than that is a group of its own, run in pieces.
+        """
+        if len(inputs) * passes <= self.most_passes:
+            draw = Draw(inputs, stream, range(len(inputs)), range(passes), finish)
+            return [(yield Shared(self.draws, draw, draw.size))]
+        found = []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), max(1, self.most_passes // passes)):
+            parts = []
+            for some in runs.pieces(passes, self.most_passes):
+                draw = Draw(x[rows.start : rows.stop], stream, rows, some, as_they_are)
+                parts.append((yield Shared(self.draws, draw, draw.size)))
+            found.append((yield Aside(partial(finish, np.concatenate(parts)))))
+        return found
+
+
+def as_they_are(samples: Samples) -> Samples:
+    """Give samples unfinished."""
+    return samples
+
+
 class Service:
     """The models that are served, and the limits of a request.
 
-    Every method that takes a request raises ``UnknownModel`` for a name or version that is not
-    served, and ``InputError`` for content that is not allowed.
+    Every way to ask raises ``UnknownModel`` for a name or version that is not served, and
+    ``InputError`` for content that is not allowed.
     """
 
     def __init__(
         self, engines: Engines, *, max_rows: int, max_passes: int, max_row_passes: int
     ) -> None:
-        self.engines = engines
+        # One thread: two runs at once would only take each other's core, and double the memory.
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run")
+        self.models = {
+            name: {version: Model(engine, self.worker) for version, engine in versions.items()}
+            for name, versions in engines.items()
+        }
         self.max_rows = max_rows
         self.max_passes = max_passes
         self.max_row_passes = max_row_passes
 
-    def engine(self, model: str | None, version: int | None) -> Engine:
-        """Find a model: the only one where no name is given, the newest of its versions."""
-        if model is None:
-            if len(self.engines) > 1:
-                raise InputError("model", f"is needed, one of: {', '.join(self.engines)}")
-            (model,) = self.engines
-        if model not in self.engines:
-            raise UnknownModel(f"no model {model[:100]!r}; served are: {', '.join(self.engines)}")
-        versions = self.engines[model]
-        if version is None:
-            version = max(versions)
-        if version not in versions:
-            served = ", ".join(map(str, versions))
-            raise UnknownModel(f"no version {version} of model {model}; served are: {served}")
-        return versions[version]
+    def close(self) -> None:
+        """End the worker thread."""
+        self.worker.shutdown()
 
     def predict(self, inputs: list[object], model: str | None, version: int | None) -> Answer:
         """Answer with class probabilities or values ``[B, C]`` of eval mode."""
-        engine = self.engine(model, version)
-        output = deterministic(engine, self.rows(engine, inputs))
-        if engine.manifest.task == "regression":
-            return identity(engine) | {"values": output}
-        return identity(engine) | {"labels": labels(engine, output), "probabilities": output}
+        return alone(self.predict_steps(inputs, model, version))
 
     def uncertainty(self, query: Query) -> Answer:
         """Answer with the statistics of train-mode passes."""
-        engine, x, stream = self.begin(query)
-        answer, _ = summarize(engine, sample(engine, x, stream, query.passes), query.interval)
-        return head(engine, stream, query) | answer
+        return alone(self.uncertainty_steps(query))
 
     def debug(self, query: Query) -> Answer:
         """Answer as ``uncertainty`` does, and with the passes themselves."""
-        engine, x, stream = self.begin(query)
-        values = len(x) * query.passes * len(engine.manifest.outputs.labels)
+        return alone(self.debug_steps(query))
+
+    async def answer(self, steps: Steps) -> Answer:
+        """Answer on the event loop, beside other requests."""
+        outcome: object = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                if isinstance(step, Shared):
+                    outcome = await step.batcher.submit(step.job, step.size)
+                else:
+                    outcome = await asyncio.to_thread(step.work)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+
+    def predict_steps(self, inputs: list[object], name: str | None, version: int | None) -> Steps:
+        """Answer with class probabilities or values ``[B, C]`` of eval mode."""
+        model = self.model(name, version)
+        check_count(inputs, self.max_rows)
+        outputs, largest = yield from model.deterministic(inputs)
+        if model.classification:
+            return model.identity | {"labels": model.labels(largest), "probabilities": outputs}
+        return model.identity | {"values": outputs}
+
+    def uncertainty_steps(self, query: Query) -> Steps:
+        """Answer with the statistics of train-mode passes."""
+        model, stream = self.begin(query)
+        finish = partial(model.summarize, query.interval)
+        summaries = yield from model.sample(query.inputs, stream, query.passes, finish)
+        return head(model, stream, query) | describe(model, query, *joined(summaries))
+
+    def debug_steps(self, query: Query) -> Steps:
+        """Answer as ``uncertainty_steps`` does, and with the passes themselves."""
+        model, stream = self.begin(query)
+        inputs = query.inputs
+        values = len(inputs) * query.passes * len(model.manifest.outputs.labels)
         if values > MAX_DEBUG_VALUES:
             raise InputError(
                 "passes",
                 f"rows x passes x outputs may be at most {MAX_DEBUG_VALUES} here, not {values}",
             )
-        groups = list(sample(engine, x, stream, query.passes))
-        answer, moments = summarize(engine, iter(groups), query.interval)
-        point = deterministic(engine, x)
+        groups = yield from model.sample(inputs, stream, query.passes, as_they_are)
+        summarized = partial(model.summarize, query.interval)
+        summaries = yield Aside(lambda: [summarized(samples) for samples in groups])
+        moments, entropies = joined(summaries)
+        point, _ = yield from model.deterministic(inputs)
         gap = uncertainty.expectation_gap(moments, point)
-        kept = kept_shares(engine, stream, len(x), query.passes)
+        kept = yield Aside(partial(kept_shares, model, stream, len(inputs), query.passes))
         return (
-            head(engine, stream, query)
-            | answer
+            head(model, stream, query)
+            | describe(model, query, moments, entropies)
             | {
-                "samples": np.concatenate(groups, axis=1),
+                "samples": np.ascontiguousarray(np.concatenate(groups, axis=1)),
                 "deterministic": point,
                 "expectation_gap": None if query.passes == 1 else gap,
                 "sites": [
                     {"name": site.name, "p": site.p, "scaling": site.scaling, "kept": share}
-                    for site, share in zip(engine.manifest.sites, kept, strict=True)
+                    for site, share in zip(model.manifest.sites, kept, strict=True)
                 ],
             }
         )
 
     def state(self) -> Answer:
         """Say which versions of which models are served, and on what."""
-        engines = [engine for versions in self.engines.values() for engine in versions.values()]
+        engines = [model.engine for versions in self.models.values() for model in versions.values()]
         return {
             "device": engines[0].device,
             "provider": engines[0].provider,
-            "models": {name: sorted(versions) for name, versions in self.engines.items()},
+            "models": {name: sorted(versions) for name, versions in self.models.items()},
         }
 
-    def begin(self, query: Query) -> tuple[Engine, Rows, MaskStream]:
-        """Check a query; return the model, the rows and the masks it is about."""
-        engine = self.engine(query.model, query.version)
-        x = self.rows(engine, query.inputs)
-        self.check_passes(len(x), query.passes)
-        seed = secrets.randbits(SEED_BITS) if query.seed is None else query.seed
-        return engine, x, MaskStream(seed, engine.manifest.sites)
+    def model(self, name: str | None, version: int | None) -> Model:
+        """Find a model: the only one where no name is given, the newest of its versions."""
+        if name is None:
+            if len(self.models) > 1:
+                raise InputError("model", f"is needed, one of: {', '.join(self.models)}")
+            (name,) = self.models
+        if name not in self.models:
+            raise UnknownModel(f"no model {name[:100]!r}; served are: {', '.join(self.models)}")
+        versions = self.models[name]
+        if version is None:
+            version = max(versions)
+        if version not in versions:
+            served = ", ".join(map(str, versions))
+            raise UnknownModel(f"no version {version} of model {name}; served are: {served}")
+        return versions[version]
 
-    def rows(self, engine: Engine, inputs: list[object]) -> Rows:
-        """Return the request's rows ``[B, *shape]``."""
-        return rows_from_lists(inputs, engine.manifest.input.shape, self.max_rows)
+    def begin(self, query: Query) -> tuple[Model, MaskStream]:
+        """Check a query; return the model and the masks it is about."""
+        model = self.model(query.model, query.version)
+        check_count(query.inputs, self.max_rows)
+        self.check_passes(len(query.inputs), query.passes)
+        seed = secrets.randbits(SEED_BITS) if query.seed is None else query.seed
+        return model, MaskStream(seed, model.manifest.sites)
 
     def check_passes(self, rows: int, passes: int) -> None:
         """Raise InputError if a request asks for too much."""
@@ -186,108 +323,70 @@ class Service:
             )
 
 
-def identity(engine: Engine) -> Answer:
-    """Say who answers."""
-    return {"model": engine.manifest.name, "version": engine.manifest.version}
+def alone(steps: Steps) -> Answer:
+    """Answer in the caller's thread; every run is the request's own."""
+    outcome: object = None
+    try:
+        while True:
+            step = steps.send(outcome)
+            if isinstance(step, Shared):
+                (outcome,) = step.batcher.run([step.job])
+                if isinstance(outcome, Exception):
+                    raise outcome
+            else:
+                outcome = step.work()
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
 
 
-def head(engine: Engine, stream: MaskStream, query: Query) -> Answer:
+def head(model: Model, stream: MaskStream, query: Query) -> Answer:
     """Say who answers, and what it takes to ask again."""
-    return identity(engine) | {"passes": query.passes, "seed": stream.seed}
+    return model.identity | {"passes": query.passes, "seed": stream.seed}
 
 
-def labels(engine: Engine, probabilities: NDArray[np.floating]) -> list[str]:
-    """Name the likeliest class of each row."""
-    names = engine.manifest.outputs.labels
-    return [names[place] for place in probabilities.argmax(axis=1)]
-
-
-def answers(engine: Engine, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
-    check_finite(outputs)
-    return uncertainty.softmax(outputs) if engine.manifest.task == "classification" else outputs
-
-
-def check_finite(numbers: NDArray[np.floating]) -> None:
-    """Raise InputError where an answer would hold infinity or NaN."""
-    if not np.isfinite(numbers).all():
-        raise InputError("inputs", "values so large that what they lead to is beyond float32")
-
-
-def deterministic(engine: Engine, x: Rows) -> NDArray[np.float32]:
-    """Run eval mode: ``[B, C]``."""
-    at_once = rows_at_once(engine.manifest.values_per_row)
-    parts = [engine.predict(x[r.start : r.stop]) for r in pieces(len(x), at_once)]
-    return answers(engine, np.concatenate(parts))
-
-
-def sample(
-    engine: Engine, x: Rows, stream: MaskStream, passes: int
-) -> Iterator[NDArray[np.float32]]:
-    """Run train-mode passes, a group of rows after the other: ``[T, b, C]`` each.
-
-    A group holds as many rows as fit one run with all their passes; a row with more passes than
-    that is a group of its own, run in pieces.
-    """
-    at_once = rows_at_once(engine.manifest.values_per_pass)
-    for rows in pieces(len(x), max(1, at_once // passes)):
-        group = x[rows.start : rows.stop]
-        parts = []
-        for some in pieces(passes, at_once):
-            places = np.repeat(np.arange(len(rows)), len(some))
-            outputs = engine.passes(group, places, stream.draw(rows, some))  # [N, C]
-            parts.append(outputs.reshape(len(rows), len(some), -1))
-        outputs = np.ascontiguousarray(np.concatenate(parts, axis=1).swapaxes(0, 1))
-        yield answers(engine, outputs)
-
-
-def rows_at_once(values: int) -> int:
-    """Return how many rows or row-passes one run may take that computes ``values`` for each."""
-    return min(ROWS_AT_ONCE, max(1, VALUES_AT_ONCE // values))
-
-
-def kept_shares(engine: Engine, stream: MaskStream, rows: int, passes: int) -> list[float]:
+def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> list[float]:
     """Return the share of units that the masks of a request kept at each site."""
-    kept = np.zeros(len(engine.manifest.sites))
+    kept = np.zeros(len(model.manifest.sites))
     for row in range(rows):
-        for some in pieces(passes, rows_at_once(engine.manifest.values_per_pass)):
-            masks = stream.draw(range(row, row + 1), some)
-            kept += [masks[site.mask_input].mean() * len(some) for site in engine.manifest.sites]
+        for some in runs.pieces(passes, model.most_passes):
+            kept += runs.kept(stream, range(row, row + 1), some) * len(some)
     shares: list[float] = (kept / (rows * passes)).tolist()
     return shares
 
 
 def summarize(
-    engine: Engine, groups: Iterator[NDArray[np.float32]], level: float
-) -> tuple[Answer, uncertainty.Moments]:
-    """Put together what the samples ``[T, b, C]`` of all groups of rows say."""
-    classification = engine.manifest.task == "classification"
-    moment_parts, entropy_parts = [], []
-    passes = 0
-    for samples in groups:
-        passes = len(samples)
-        moment_parts.append(uncertainty.moments(samples, level))
-        if classification:
-            entropy_parts.append(uncertainty.entropies(samples))
-    m = uncertainty.join(moment_parts)
+    manifest: Manifest, level: float, samples: Samples
+) -> tuple[Moments, Entropies | None]:
+    """Say what the samples ``[T, b, C]`` of some rows say."""
+    moments = uncertainty.moments(samples, level)
+    if manifest.task == "classification":
+        return moments, uncertainty.entropies(samples)
     # Passes that are finite can lie further apart than float32 reaches.
-    check_finite(m.std)
-    answer: Answer = {"labels": labels(engine, m.mean)} if classification else {}
+    if not moments.std.max() <= np.finfo(np.float32).max:
+        raise runs.beyond_float32()
+    return moments, None
+
+
+def joined(
+    summaries: Sequence[tuple[Moments, Entropies | None]],
+) -> tuple[Moments, Entropies | None]:
+    """Put the summaries of groups of rows together."""
+    moments = uncertainty.join([moments for moments, _ in summaries])
+    entropies = [entropies for _, entropies in summaries if entropies is not None]
+    return moments, uncertainty.join(entropies) if entropies else None
+
+
+def describe(model: Model, query: Query, m: Moments, e: Entropies | None) -> Answer:
+    """Name what the passes say."""
+    answer: Answer = {"labels": model.labels(m.mean.argmax(axis=1).tolist())} if e else {}
     answer |= {
         "mean": m.mean,
         "std": m.std,
-        "standard_error": None if passes == 1 else m.standard_error,
-        "interval": {"level": level, "lower": m.lower, "upper": m.upper},
+        "standard_error": None if query.passes == 1 else m.standard_error,
+        "interval": {"level": query.interval, "lower": m.lower, "upper": m.upper},
         # Until a tolerance can be asked for, there is nothing to converge to.
         "converged": None,
     }
-    if classification:
-        return answer | vars(uncertainty.join(entropy_parts)), m
-    noise_std = engine.manifest.noise_std or ()
-    return answer | vars(uncertainty.spreads(m, noise_std)), m
-
-
-def pieces(length: int, size: int) -> Iterator[range]:
-    """Cut ``range(length)`` into ranges of at most ``size``."""
-    for start in range(0, length, size):
-        yield range(start, min(start + size, length))
+    noise_std = model.manifest.noise_std or ()
+    return answer | vars(e if e else uncertainty.spreads(m, noise_std))

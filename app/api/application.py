@@ -1,21 +1,23 @@
-"""Build the ASGI application: routes, problem documents, OpenAPI and its page."""
+"""Build the ASGI application: endpoints, health routes, OpenAPI and its page."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from app.api import body, problems
+from app.api import problems
+from app.api.endpoint import Endpoint
 from app.api.schemas import (
     Alive,
     ClassDebug,
@@ -29,26 +31,44 @@ from app.api.schemas import (
     ValuePrediction,
     ValueUncertainty,
 )
-from app.errors import DebugOff
-from app.service import Answer, Query, Service
+from app.service import Answer, Query, Service, Steps
 
 REFERENCE = "#/components/schemas/{model}"
 PROBLEMS = (400, 404, 413, 415, 422, 500)
-# Of bodies that FastAPI neither parses nor writes.
-DOCUMENTED: tuple[type[BaseModel], ...] = (
-    PredictRequest,
-    UncertaintyRequest,
-    ClassPrediction,
-    ValuePrediction,
-    ClassUncertainty,
-    ValueUncertainty,
-    ClassDebug,
-    ValueDebug,
-    Problem,
-)
+# What the endpoints answer, by path.
+ANSWERS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
+    "/predict": (ClassPrediction, ValuePrediction),
+    "/uncertainty": (ClassUncertainty, ValueUncertainty),
+    "/debug/mc": (ClassDebug, ValueDebug),
+}
 
 
-def create(service: Service, *, debug: bool, max_body_bytes: int) -> FastAPI:
+class Application:
+    """The endpoints, and FastAPI for everything else.
+
+    Parameters
+    ----------
+    endpoints
+        By path; each takes POST.
+    rest
+        Knows the endpoints too, so that it refuses other methods.
+    """
+
+    def __init__(self, endpoints: Mapping[str, Endpoint[Any]], rest: FastAPI) -> None:
+        self.endpoints = endpoints
+        self.rest = rest
+        self.openapi = rest.openapi
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer a request, or take part in starting and stopping."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self.endpoints.get(scope["path"])
+            if endpoint is not None:
+                return endpoint(scope, receive, send)
+        return self.rest(scope, receive, send)
+
+
+def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application:
     """Return the application that answers with ``service``.
 
     Parameters
@@ -60,19 +80,25 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> FastAPI:
     max_body_bytes
         Longest request body.
     """
-    # One thread: two runs at once would only take each other's core, and double the memory.
-    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run")
+
+    def predict(r: PredictRequest) -> Steps:
+        """Predict rows in eval mode."""
+        return service.predict_steps(r.inputs, r.model, r.version)
+
+    def uncertainty(r: UncertaintyRequest) -> Steps:
+        """Run train-mode passes of rows and answer with their statistics."""
+        return service.uncertainty_steps(query(r))
+
+    def debug_mc(r: UncertaintyRequest) -> Steps:
+        """Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1."""
+        return service.debug_steps(query(r))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.shutdown()
+        service.close()
 
-    async def run(work: Callable[[], Answer]) -> Response:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(worker, lambda: json_response(work()))
-
-    app = FastAPIOffline(
+    rest = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
         title="dropserve",
@@ -80,48 +106,44 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    problems.register(app)
+    problems.register(rest)
+    endpoints: dict[str, Endpoint[Any]] = {
+        "/predict": Endpoint(PredictRequest, predict, service, max_body_bytes),
+        "/uncertainty": Endpoint(UncertaintyRequest, uncertainty, service, max_body_bytes),
+        "/debug/mc": Endpoint(UncertaintyRequest, debug_mc, service, max_body_bytes),
+    }
+    # FastAPI neither parses nor writes the endpoints' bodies, so their documentation is ours.
+    paths = {path: {"post": describe(path, endpoint)} for path, endpoint in endpoints.items()}
+    rest.openapi = lambda: openapi(rest, paths)  # type: ignore[method-assign] # as FastAPI documents
 
-    @app.post("/predict", **describe(PredictRequest, ClassPrediction, ValuePrediction))
-    async def predict(request: Request) -> Response:
-        """Predict rows in eval mode."""
-        r = await body.read(request, PredictRequest, max_body_bytes)
-        return await run(partial(service.predict, r.inputs, r.model, r.version))
-
-    @app.post("/uncertainty", **describe(UncertaintyRequest, ClassUncertainty, ValueUncertainty))
-    async def uncertainty(request: Request) -> Response:
-        """Run train-mode passes of rows and answer with their statistics."""
-        r = await body.read(request, UncertaintyRequest, max_body_bytes)
-        return await run(partial(service.uncertainty, query(r)))
-
-    @app.post("/debug/mc", **describe(UncertaintyRequest, ClassDebug, ValueDebug))
-    async def debug_mc(request: Request) -> Response:
-        """Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1."""
-        if not debug:
-            raise DebugOff("the debug endpoint is off; DROPSERVE_DEBUG=1 switches it on")
-        r = await body.read(request, UncertaintyRequest, max_body_bytes)
-        return await run(partial(service.debug, query(r)))
-
-    @app.get("/health/live", response_model=Alive)
+    @rest.get("/health/live", response_model=Alive)
     async def live() -> Response:
         """Tell that the process answers."""
         return json_response({"status": "alive"})
 
-    @app.get("/health/ready", response_model=Ready)
+    @rest.get("/health/ready", response_model=Ready)
     async def ready() -> Response:
         """Tell that requests are taken, by which models and on which device."""
         return json_response({"status": "ready"} | service.state())
 
-    # FastAPI does not parse these routes' bodies, so it knows only of the answers' models.
-    app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # as FastAPI documents
-    return app
+    if not debug:
+        del endpoints["/debug/mc"]
+
+        @rest.post("/debug/mc", include_in_schema=False)
+        async def debug_off() -> Response:
+            raise HTTPException(
+                HTTPStatus.NOT_FOUND, "the debug endpoint is off; DROPSERVE_DEBUG=1 switches it on"
+            )
+
+    rest.router.routes += [
+        Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()
+    ]
+    return Application(endpoints, rest)
 
 
 def json_response(answer: Answer) -> Response:
-    """Write an answer; arrays are written as they are."""
-    return Response(
-        orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json"
-    )
+    """Write a small answer."""
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
 def query(request: UncertaintyRequest) -> Query:
@@ -136,21 +158,28 @@ def query(request: UncertaintyRequest) -> Query:
     )
 
 
-def describe(request: type[BaseModel], *answers: type[BaseModel]) -> dict[str, Any]:
-    """Document a route whose body FastAPI does not parse."""
+def describe(path: str, endpoint: Endpoint[Any]) -> dict[str, Any]:
+    """Document an endpoint."""
     problem = {"content": {problems.MEDIA_TYPE: {"schema": reference(Problem)}}}
+    answers = {"anyOf": [reference(answer) for answer in ANSWERS[path]]}
+    name = endpoint.steps.__name__
     return {
-        "responses": {
-            200: {
-                "content": {"application/json": {"schema": {"anyOf": [*map(reference, answers)]}}}
-            },
-            **{status: problem | {"description": HTTPStatus(status).phrase} for status in PROBLEMS},
+        "summary": name.replace("_", " ").capitalize(),
+        "description": inspect.getdoc(endpoint.steps),
+        "operationId": name,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": reference(endpoint.request)}},
         },
-        "openapi_extra": {
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": reference(request)}},
-            }
+        "responses": {
+            "200": {
+                "description": HTTPStatus.OK.phrase,
+                "content": {"application/json": {"schema": answers}},
+            },
+            **{
+                str(status): problem | {"description": HTTPStatus(status).phrase}
+                for status in PROBLEMS
+            },
         },
     }
 
@@ -160,8 +189,8 @@ def reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(model=model.__name__)}
 
 
-def openapi(app: FastAPI) -> dict[str, Any]:
-    """Write the OpenAPI document, the schemas of unparsed bodies included."""
+def openapi(app: FastAPI, paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the OpenAPI document, with the paths that FastAPI does not know."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -169,9 +198,13 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             description=app.description,
             routes=app.routes,
         )
+        documented: list[type[BaseModel]] = [PredictRequest, UncertaintyRequest, Problem]
+        for answers in ANSWERS.values():
+            documented += answers
         _, definitions = models_json_schema(
-            [(model, "validation") for model in DOCUMENTED], ref_template=REFERENCE
+            [(model, "validation") for model in documented], ref_template=REFERENCE
         )
         document["components"]["schemas"] |= definitions["$defs"]
+        document["paths"] = dict(paths) | document["paths"]
         app.openapi_schema = document
     return app.openapi_schema

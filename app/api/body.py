@@ -1,19 +1,24 @@
 """Read a request's body: JSON of bounded length, then a typed request."""
 
+from collections.abc import KeysView
+from functools import cache
 from http import HTTPStatus
 from typing import TypeVar
 
 import orjson
-from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
 from app.api.problems import LONGEST_PATH, BodyError
 from app.errors import InputError
 
+JSON = b"application/json"
+
 Typed = TypeVar("Typed", bound=BaseModel)
 
 
-async def read(request: Request, model: type[Typed], max_bytes: int) -> Typed:
+async def read(scope: Scope, receive: Receive, model: type[Typed], max_bytes: int) -> Typed:
     """Read the body and validate it as ``model``.
 
     Raises
@@ -22,41 +27,67 @@ async def read(request: Request, model: type[Typed], max_bytes: int) -> Typed:
         415 if it is not said to be JSON, 413 if it is too long, 400 if it is no JSON.
     InputError, ValidationError
         If its content is not what ``model`` allows.
+    ClientDisconnect
+        If it is not sent to its end.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise BodyError(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            f"the content type must be application/json, not {media_type[:100] or 'left out'!r}",
-        )
-    body = await read_bytes(request, max_bytes)
+    headers = dict(scope["headers"])
+    content_type = headers.get(b"content-type", b"")
+    if content_type != JSON:
+        check_media_type(content_type)
+    body = await read_bytes(receive, headers.get(b"content-length", b""), max_bytes)
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BodyError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
     # Before pydantic, which would describe each of a million unknown fields.
-    if isinstance(document, dict) and not document.keys() <= model.model_fields.keys():
-        unknown = next(field for field in document if field not in model.model_fields)
-        raise InputError(unknown[:LONGEST_PATH], f"allowed are {', '.join(model.model_fields)}")
+    known = fields(model)
+    if isinstance(document, dict) and not document.keys() <= known:
+        unknown = next(field for field in document if field not in known)
+        raise InputError(unknown[:LONGEST_PATH], f"allowed are {', '.join(known)}")
     return model.model_validate(document)
 
 
-async def read_bytes(request: Request, max_bytes: int) -> bytes:
-    """Read the body, refusing a long one from its header or while it comes in.
+@cache
+def fields(model: type[BaseModel]) -> KeysView[str]:
+    """Return the names of a model's fields."""
+    return model.model_fields.keys()
+
+
+def check_media_type(content_type: bytes) -> None:
+    """Raise BodyError unless the content type, parameters aside, is JSON's."""
+    media_type = content_type.partition(b";")[0].strip().lower()
+    if media_type != JSON:
+        said = media_type[:100].decode("latin-1") or "left out"
+        raise BodyError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"the content type must be application/json, not {said!r}",
+        )
+
+
+async def read_bytes(receive: Receive, declared: bytes, max_bytes: int) -> bytes:
+    """Read the body, refusing a long one from its declared length or while it comes in.
 
     FastAPI's own ``max_body_size`` would answer in plain text and not name the limit.
     """
-    too_long = BodyError(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may be at most {max_bytes} bytes long"
-    )
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
-        raise too_long
-    chunks = []
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_long(max_bytes)
+    chunks: list[bytes] = []
     length = 0
-    async for chunk in request.stream():
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk: bytes = message.get("body", b"")
         length += len(chunk)
         if length > max_bytes:
-            raise too_long
+            raise too_long(max_bytes)
+        if not message.get("more_body", False):
+            return b"".join(chunks) + chunk if chunks else chunk
         chunks.append(chunk)
-    return b"".join(chunks)
+
+
+def too_long(max_bytes: int) -> BodyError:
+    """Return the error of a body that is too long."""
+    return BodyError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may be at most {max_bytes} bytes long"
+    )

@@ -9,9 +9,8 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from app.errors import DebugOff, InputError, UnknownModel
+from app.errors import InputError, UnknownModel
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"
@@ -20,6 +19,7 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # A body chooses the names of its fields, and could choose long ones and many.
 MOST_ERRORS = 20
 LONGEST_PATH = 200
+UNEXPECTED = 500
 
 
 class BodyError(Exception):
@@ -70,43 +70,34 @@ def invalid(request: Request, errors: Sequence[tuple[str, str]]) -> Response:
     return problem(request, 422, f"{path}: {message}{more}", errors[:MOST_ERRORS])
 
 
+def respond(request: Request, error: Exception) -> Response:
+    """Write the problem document of an error."""
+    match error:
+        case BodyError():
+            return problem(request, error.status, error.detail)
+        case ValidationError():
+            found = [
+                (".".join(map(str, e["loc"]))[:LONGEST_PATH] or "body", e["msg"])
+                for e in error.errors(include_url=False, include_input=False, include_context=False)
+            ]
+            return invalid(request, found)
+        case InputError():
+            return invalid(request, [(error.path, error.message)])
+        case UnknownModel():
+            return problem(request, 404, str(error))
+        case HTTPException():
+            return problem(
+                request, error.status_code, error.detail, headers=dict(error.headers or {})
+            )
+    # The server's log gets the trace; the client learns the id to ask for.
+    return problem(request, UNEXPECTED, "an error of the service; its log says more")
+
+
 def register(app: FastAPI) -> None:
-    """Teach an app to answer with problem documents."""
+    """Teach an app to answer with problem documents what no endpoint answers."""
 
-    @app.exception_handler(BodyError)
-    async def body(request: Request, error: BodyError) -> Response:
-        return problem(request, error.status, error.detail)
+    async def handle(request: Request, error: Exception) -> Response:
+        return respond(request, error)
 
-    @app.exception_handler(ValidationError)
-    async def validation(request: Request, error: ValidationError) -> Response:
-        found = [
-            (".".join(map(str, e["loc"]))[:LONGEST_PATH] or "body", e["msg"])
-            for e in error.errors(include_url=False, include_input=False, include_context=False)
-        ]
-        return invalid(request, found)
-
-    @app.exception_handler(InputError)
-    async def content(request: Request, error: InputError) -> Response:
-        return invalid(request, [(error.path, error.message)])
-
-    @app.exception_handler(UnknownModel)
-    async def unknown(request: Request, error: UnknownModel) -> Response:
-        return problem(request, 404, str(error))
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        # Nobody reads this, and the log has nothing to learn from it.
-        return problem(request, 400, "the body was not sent to its end")
-
-    @app.exception_handler(DebugOff)
-    async def debug_off(request: Request, error: DebugOff) -> Response:
-        return problem(request, 404, str(error))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        return problem(request, error.status_code, error.detail, headers=dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # The server's log gets the trace; the client learns the id to ask for.
-        return problem(request, 500, "an error of the service; its log says more")
+    app.add_exception_handler(HTTPException, handle)
+    app.add_exception_handler(Exception, handle)

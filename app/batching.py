@@ -1,0 +1,156 @@
+"""Share runs: what requests ask of a graph while one run is under way is the next run.
+
+Nothing waits for a batch to fill. A request that comes alone is run at once, together with
+whatever else came in the same turn of the event loop. A run that should be short is made on the
+event loop, where a hop to a thread and back would cost more than the run itself; a longer one is
+made in the worker thread, so that the loop goes on answering, health probes first of all.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+# What other requests may have to wait for a run on the loop.
+ON_LOOP_SECONDS = 0.002
+# Sizes that are timed to tell how long a run takes.
+ALONE, TOGETHER = 1, 64
+TIMINGS = 3
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a run takes: seconds for itself, and seconds for each unit of its size."""
+
+    run: float
+    unit: float
+
+    def seconds(self, size: int) -> float:
+        """Estimate how long a run of ``size`` takes."""
+        return self.run + self.unit * size
+
+
+def measure(run: Callable[[int], object], most: int) -> Pace:
+    """Warm up ``run(size)``, and time it for a small size and a larger one, at most ``most``."""
+    alone = seconds(run, ALONE)
+    together = min(TOGETHER, most)
+    # A run that is slow already is not made again and again, and larger, to see how slow.
+    if alone > ON_LOOP_SECONDS or together == ALONE:
+        return Pace(alone, alone)
+    unit = max(0.0, (seconds(run, together) - alone) / (together - ALONE))
+    return Pace(max(0.0, alone - unit), unit)
+
+
+def seconds(run: Callable[[int], object], size: int) -> float:
+    """Return how long a warm run takes, at best."""
+    run(size)
+    best = float("inf")
+    for _ in range(TIMINGS):
+        start = time.perf_counter()
+        run(size)
+        best = min(best, time.perf_counter() - start)
+        if best > ON_LOOP_SECONDS:
+            break
+    return best
+
+
+class Waiting(NamedTuple):
+    """A job, and the future that gets its result."""
+
+    job: Any
+    size: int
+    result: "asyncio.Future[Any]"
+
+
+class Batcher(Generic[Job, Result]):
+    """Runs of one graph, shared by the requests of one event loop.
+
+    Parameters
+    ----------
+    run
+        Takes the jobs of a run, and returns for each its result or the exception that it met.
+    pace
+        How long runs take.
+    most
+        Largest size of a run; a single job may be no larger.
+    worker
+        Where long runs are made.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Job]], Sequence[Result | Exception]],
+        pace: Pace,
+        most: int,
+        worker: Executor,
+    ) -> None:
+        self.run = run
+        self.pace = pace
+        self.most = most
+        self.worker = worker
+        self.waiting: deque[Waiting] = deque()
+        self.running = False
+
+    async def submit(self, job: Job, size: int) -> Result:
+        """Return the result of a job; cancelled before its run begins, it is left out of it."""
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(job, size, loop.create_future())
+        self.waiting.append(waiting)
+        if not self.running:
+            self.running = True
+            # Behind the requests that are ready to be read in this turn of the loop.
+            loop.call_soon(self.start)
+        result: Result = await waiting.result
+        return result
+
+    def start(self) -> None:
+        """Make the next run of what is waiting."""
+        batch = self.take()
+        if not batch:
+            self.running = False
+            return
+        jobs = [waiting.job for waiting in batch]
+        if self.pace.seconds(sum(waiting.size for waiting in batch)) <= ON_LOOP_SECONDS:
+            self.finish(batch, self.outcomes(jobs))
+        else:
+            loop = asyncio.get_running_loop()
+            run = loop.run_in_executor(self.worker, self.outcomes, jobs)
+            run.add_done_callback(lambda done: self.finish(batch, done.result()))
+
+    def take(self) -> list[Waiting]:
+        """Take as many jobs as one run may hold, in the order they came."""
+        batch: list[Waiting] = []
+        size = 0
+        while self.waiting and (not batch or size + self.waiting[0].size <= self.most):
+            waiting = self.waiting.popleft()
+            if not waiting.result.cancelled():
+                batch.append(waiting)
+                size += waiting.size
+        return batch
+
+    def outcomes(self, jobs: Sequence[Job]) -> Sequence[Result | Exception]:
+        """Run jobs; what makes the run itself fail is the outcome of each of them."""
+        try:
+            return self.run(jobs)
+        except Exception as error:
+            return [error] * len(jobs)
+
+    def finish(self, batch: Sequence[Waiting], outcomes: Sequence[Result | Exception]) -> None:
+        """Hand out the results of a run, and go on with the next."""
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if waiting.result.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                waiting.result.set_exception(outcome)
+            else:
+                waiting.result.set_result(outcome)
+        if self.waiting:
+            asyncio.get_running_loop().call_soon(self.start)
+        else:
+            self.running = False

@@ -1,0 +1,183 @@
+"""Make one run of what several requests ask of a model, and give each its part of the outcome.
+
+Rows, or passes of rows, of all requests stand one after the other in the arrays of a run. What is
+done once for a run is not done for each request, so the rows are read here, too. A request whose
+rows are not allowed, or whose outcome is beyond float32, is answered with an ``InputError`` and
+touches no other.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app import uncertainty
+from app.engine import Engine
+from app.errors import InputError
+from app.masks import MaskStream
+from app.rows import rows_at_once, rows_one_by_one
+from export.bundle import Manifest
+
+Rows = NDArray[np.float32]
+Inputs = list[object] | Rows  # rows as they came, or read
+Scalar = TypeVar("Scalar", bound=np.generic)
+Found = TypeVar("Found")
+
+# What bounds the memory of a run: rows or row-passes, and numbers it computes.
+ROWS_AT_ONCE = 4096
+VALUES_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Some train-mode passes of some rows of a request.
+
+    Parameters
+    ----------
+    inputs
+        The rows.
+    stream
+        The masks of the request.
+    rows
+        Places of the rows in their request.
+    passes
+        Numbers of the passes.
+    finish
+        What is made of the samples ``[T, b, C]``, where the run is made.
+    """
+
+    inputs: Inputs
+    stream: MaskStream
+    rows: range
+    passes: range
+    finish: Callable[[uncertainty.Samples], object]
+
+    @property
+    def size(self) -> int:
+        """Count the row-passes."""
+        return len(self.rows) * len(self.passes)
+
+
+class Prediction(NamedTuple):
+    """Eval mode's class probabilities or values ``[b, C]``, and the place of each row's largest."""
+
+    outputs: NDArray[np.float32]
+    largest: list[int]
+
+
+def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputError]:
+    """Run eval mode for the rows of each part."""
+    x, faults = read(parts, engine.manifest.input.shape)
+    sizes = [len(part) for number, part in enumerate(parts) if number not in faults]
+    found: list[Prediction | InputError] = []
+    if sizes:
+        outputs = engine.predict(x)
+        fine = finite(outputs)
+        if not fine:
+            beyond = np.array([not finite(row) for row in outputs])
+            outputs[beyond] = 0
+        answers = as_answers(engine.manifest, outputs)
+        largest = answers.argmax(axis=1).tolist()
+        for place in places(sizes):
+            if fine or not beyond[place].any():
+                found.append(Prediction(answers[place], largest[place]))
+            else:
+                found.append(beyond_float32())
+    return in_place(found, faults)
+
+
+def draw(engine: Engine, draws: Sequence[Draw]) -> list[object]:
+    """Run the passes of each draw; return what its ``finish`` made of them."""
+    x, faults = read([d.inputs for d in draws], engine.manifest.input.shape)
+    good = [d for number, d in enumerate(draws) if number not in faults]
+    found: list[object] = []
+    if good:
+        streams = [d.stream.draw(d.rows, d.passes) for d in good]
+        masks = {name: joined([masks[name] for masks in streams]) for name in streams[0]}
+        rows = np.repeat(np.arange(len(x)), [len(d.passes) for d in good for _ in d.rows])
+        outputs = engine.passes(x, rows, masks)  # [N, C]
+        for d, place in zip(good, places(d.size for d in good), strict=True):
+            samples = uncertainty.by_pass(outputs[place], len(d.passes))
+            try:
+                check_finite(samples)
+                found.append(d.finish(as_answers(engine.manifest, samples)))
+            except InputError as error:
+                found.append(error)
+    return in_place(found, faults)
+
+
+def read(parts: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[int, InputError]]:
+    """Read the rows of all parts; of those that are not allowed, by number, say why."""
+    if all(isinstance(part, list) for part in parts):
+        x = rows_at_once(list(chain.from_iterable(parts)), shape)
+        if x is not None:
+            return x, {}
+    good: list[Rows] = []
+    faults: dict[int, InputError] = {}
+    for number, part in enumerate(parts):
+        try:
+            good.append(rows_one_by_one(part, shape) if isinstance(part, list) else part)
+        except InputError as error:
+            faults[number] = error
+    return joined(good) if good else np.empty((0, *shape), np.float32), faults
+
+
+def in_place(found: list[Found], faults: dict[int, InputError]) -> list[Found | InputError]:
+    """Put the faults of some jobs between the outcomes of the others, in the jobs' order."""
+    outcomes: list[Found | InputError] = [*found]
+    for number, fault in sorted(faults.items()):
+        outcomes.insert(number, fault)
+    return outcomes
+
+
+def kept(stream: MaskStream, rows: range, passes: range) -> NDArray[np.float64]:
+    """Return the share of units that some masks keep, for each site."""
+    return np.array([masks.mean() for masks in stream.draw(rows, passes).values()])
+
+
+def as_answers(manifest: Manifest, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
+    return uncertainty.softmax(outputs) if manifest.task == "classification" else outputs
+
+
+def check_finite(numbers: NDArray[np.floating]) -> None:
+    """Raise InputError where an answer would hold infinity or NaN."""
+    if not finite(numbers):
+        raise beyond_float32()
+
+
+def finite(numbers: NDArray[np.floating]) -> bool:
+    """Tell whether all numbers are."""
+    return bool(np.logical_and.reduce(np.isfinite(numbers), axis=None))
+
+
+def beyond_float32() -> InputError:
+    """Return the error of a request whose answer would hold infinity or NaN."""
+    return InputError("inputs", "values so large that what they lead to is beyond float32")
+
+
+def places(sizes: Iterable[int]) -> Iterator[slice]:
+    """Say where parts of these sizes lie, one after the other."""
+    end = 0
+    for size in sizes:
+        start, end = end, end + size
+        yield slice(start, end)
+
+
+def joined(parts: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
+    """Put arrays one after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def most_at_once(values: int) -> int:
+    """Return how many rows or row-passes one run may take that computes ``values`` for each."""
+    return min(ROWS_AT_ONCE, max(1, VALUES_AT_ONCE // values))
+
+
+def pieces(length: int, size: int) -> Iterator[range]:
+    """Cut ``range(length)`` into ranges of at most ``size``."""
+    for start in range(0, length, size):
+        yield range(start, min(start + size, length))
