@@ -4,15 +4,18 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
+from uvicorn.supervisors import Multiprocess
 
-from app.api import application
 from app.errors import StartError
-from app.service import Service, load_engines
+from app.service import load_engines
 from app.settings import Settings
+from app.worker import build, build_worker, configure_log
 
 # Connections that wait to be taken; more than a burst of clients opens at once.
 BACKLOG = 2048
@@ -28,44 +31,49 @@ def main() -> int:
         print(f"python -m app: error: {str(error).partition(': ')[2]}", file=sys.stderr)
         return 2
     except ValidationError as error:
-        first = error.errors()[0]
-        option = "-".join(map(str, first["loc"])).replace("_", "-")
-        print(f"python -m app: error: --{option}: {first['msg']}", file=sys.stderr)
+        found = error.errors()
+        # An option that may be one thing or another has an error for each.
+        option = found[0]["loc"][0]
+        said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
+        print(f"python -m app: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    configure_log(logging.INFO)
+    workers, threads = settings.sized()
     try:
-        engines = load_engines(settings.models, settings.device)
+        # With several workers this is only to find what is wrong once, before they start.
+        engines = load_engines(settings.models, settings.device, threads)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    service = Service(
-        engines,
-        max_rows=settings.max_rows,
-        max_passes=settings.max_passes,
-        max_row_passes=settings.max_row_passes,
-    )
-    app = application.create(service, debug=settings.debug, max_body_bytes=settings.max_body_bytes)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
         return 1
+    if workers == 1:
+        app: Callable[..., object] = build(settings, engines)
+    else:
+        del engines
+        app = partial(build_worker, settings, threads)
+    config = uvicorn.Config(
+        app,
+        factory=workers > 1,
+        workers=workers,
+        # It is one, though its __call__ is no coroutine function.
+        interface="asgi3",
+        # Nothing here asks who the client is.
+        proxy_headers=False,
+        log_config=None,
+        log_level="warning",
+    )
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info("listening on http://%s:%d", host, listener.getsockname()[1])
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            # It is one, though its __call__ is no coroutine function.
-            interface="asgi3",
-            # Nothing here asks who the client is.
-            proxy_headers=False,
-            log_config=None,
-            log_level="warning",
-        )
-    )
+    if workers > 1:
+        Multiprocess(config, [listener]).run()
+        return 0
     # Once it has answered what was under way, uvicorn raises Ctrl-C again.
     with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
+        uvicorn.Server(config).run([listener])
     return 0
 
 

@@ -1,10 +1,14 @@
 """The service's settings: command-line options, each also an environment variable."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.cpus import available
+
+Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
 
 class Settings(BaseSettings):
@@ -28,8 +32,24 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto", description="where graphs run; auto: cuda where it works, else cpu"
     )
+    workers: Count = Field(
+        1, description="processes that share the port; auto: one for every --threads CPUs"
+    )
+    threads: Count = Field(
+        1, description="CPUs that one run of a graph takes; auto: those of a worker"
+    )
     debug: bool = Field(False, description="answer POST /debug/mc")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="longest request body")
     max_rows: int = Field(4096, ge=1, description="most rows of a request")
     max_passes: int = Field(10_000, ge=1, description="most passes of a row")
     max_row_passes: int = Field(1_000_000, ge=1, description="most rows x passes of a request")
+
+    def sized(self) -> tuple[int, int]:
+        """Return workers and threads as numbers, ``auto`` by the CPUs this process may use."""
+        cpus = available()
+        if self.workers == "auto":
+            threads = 1 if self.threads == "auto" else self.threads
+            return max(1, cpus // threads), threads
+        return self.workers, max(
+            1, cpus // self.workers if self.threads == "auto" else self.threads
+        )

@@ -1,0 +1,150 @@
+"""What requests share a run, where it is made, and what they do not share."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from app.batching import ON_LOOP_SECONDS, Batcher, Pace, measure
+
+SHORT, LONG = Pace(0, 0), Pace(1, 0)
+
+
+class Doubler:
+    """Doubles numbers, refuses negative ones, and keeps note of its runs."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[int]] = []
+        self.threads: set[threading.Thread] = set()
+
+    def run(self, jobs: Sequence[int]) -> Sequence[int | Exception]:
+        self.runs.append(list(jobs))
+        self.threads.add(threading.current_thread())
+        if 0 in jobs:
+            raise ZeroDivisionError
+        return [2 * job if job > 0 else ValueError(f"{job} is negative") for job in jobs]
+
+
+def answers(doubler: Doubler, pace: Pace, jobs: Sequence[int], most: int = 100) -> list[object]:
+    """Submit jobs of size 1 at once."""
+
+    async def main() -> list[object]:
+        with ThreadPoolExecutor(1) as worker:
+            batcher = Batcher(doubler.run, pace, most, worker)
+            submitted = (batcher.submit(job, 1) for job in jobs)
+            return list(await asyncio.gather(*submitted, return_exceptions=True))
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("pace", [SHORT, LONG])
+def test_what_is_asked_for_at_once_is_one_run(pace: Pace) -> None:
+    doubler = Doubler()
+    assert answers(doubler, pace, [1, 2, 3]) == [2, 4, 6]
+    assert doubler.runs == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("pace", [SHORT, LONG])
+def test_a_run_holds_no_more_than_it_may_and_keeps_the_order(pace: Pace) -> None:
+    doubler = Doubler()
+    assert answers(doubler, pace, [1, 2, 3, 4, 5], most=2) == [2, 4, 6, 8, 10]
+    assert doubler.runs == [[1, 2], [3, 4], [5]]
+
+
+def test_short_runs_are_made_on_the_loop_and_long_ones_in_the_worker() -> None:
+    short, long = Doubler(), Doubler()
+    answers(short, SHORT, [1])
+    answers(long, LONG, [1])
+    assert short.threads == {threading.current_thread()}
+    assert long.threads != short.threads
+
+
+def test_where_a_run_is_made_depends_on_its_size() -> None:
+    pace = Pace(run=0, unit=ON_LOOP_SECONDS / 2)
+    for jobs, on_loop in (([1, 2], True), ([1, 2, 3], False)):
+        doubler = Doubler()
+        answers(doubler, pace, jobs)
+        assert (doubler.threads == {threading.current_thread()}) == on_loop
+
+
+@pytest.mark.parametrize("pace", [SHORT, LONG])
+def test_what_one_job_meets_does_not_touch_the_others(pace: Pace) -> None:
+    first, second, third = answers(Doubler(), pace, [1, -2, 3])
+    assert (first, third) == (2, 6)
+    assert isinstance(second, ValueError)
+
+
+@pytest.mark.parametrize("pace", [SHORT, LONG])
+def test_a_run_that_fails_fails_for_each_of_its_jobs_and_not_for_the_next(pace: Pace) -> None:
+    doubler = Doubler()
+    found = answers(doubler, pace, [1, 0, 3], most=2)
+    assert [type(each) for each in found] == [ZeroDivisionError, ZeroDivisionError, int]
+
+
+def test_what_comes_while_a_run_is_under_way_is_the_next_run() -> None:
+    doubler = Doubler()
+    started, go_on = threading.Event(), threading.Event()
+
+    def run(jobs: Sequence[int]) -> Sequence[int | Exception]:
+        started.set()
+        assert go_on.wait(10)
+        return doubler.run(jobs)
+
+    async def main() -> list[int]:
+        with ThreadPoolExecutor(1) as worker:
+            batcher: Batcher[int, int] = Batcher(run, LONG, 100, worker)
+            tasks = [asyncio.create_task(batcher.submit(1, 1))]
+            await asyncio.to_thread(started.wait, 10)
+            tasks += [asyncio.create_task(batcher.submit(job, 1)) for job in (2, 3, 4)]
+            await asyncio.sleep(0)
+            tasks[2].cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            return [await task for task in (tasks[0], tasks[1], tasks[3])]
+
+    assert asyncio.run(main()) == [2, 4, 8]
+    # The one that was cancelled left, and its mates did not notice.
+    assert doubler.runs == [[1], [2, 4]]
+
+
+def test_a_job_cancelled_while_its_run_is_under_way_harms_no_other() -> None:
+    doubler = Doubler()
+    started, go_on = threading.Event(), threading.Event()
+
+    def run(jobs: Sequence[int]) -> Sequence[int | Exception]:
+        started.set()
+        assert go_on.wait(10)
+        return doubler.run(jobs)
+
+    async def main() -> int:
+        with ThreadPoolExecutor(1) as worker:
+            batcher: Batcher[int, int] = Batcher(run, LONG, 100, worker)
+            tasks = [asyncio.create_task(batcher.submit(job, 1)) for job in (1, 2)]
+            await asyncio.to_thread(started.wait, 10)
+            tasks[0].cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            return await tasks[1]
+
+    assert asyncio.run(main()) == 4
+
+
+def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
+    sizes: list[int] = []
+
+    def slow(size: int) -> None:
+        sizes.append(size)
+        threading.Event().wait(2 * ON_LOOP_SECONDS)
+
+    pace = measure(slow, most=100)
+    assert set(sizes) == {1}
+    assert pace.seconds(1) > ON_LOOP_SECONDS
+    assert pace.seconds(100) > 50 * ON_LOOP_SECONDS
+
+
+def test_a_run_is_never_tried_larger_than_it_may_be() -> None:
+    sizes: list[int] = []
+    measure(sizes.append, most=7)
+    assert max(sizes) == 7
