@@ -82,8 +82,6 @@ def load(
     # Left alone, onnxruntime sizes its pools from the host, not from what this process may use.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # The arena would keep the memory of the largest run for good.
-    options.enable_cpu_mem_arena = False
     options.log_severity_level = ERRORS_ONLY
     try:
         session = open_session(graph, device, options)
