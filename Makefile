@@ -4,7 +4,10 @@
 RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wildcard /proc/driver/nvidia/version),cuda,gpu),cpu)
 PYTHON := .venv/bin/python
 
-.PHONY: run setup test check format bench scaling-table lock
+PEERS := litserve bentoml mlserver rayserve triton
+BENCHMARKS := scaling-table predict-http mc-passes scaling startup-memory
+
+.PHONY: run setup test check format bench bench-peers $(BENCHMARKS) lock
 run: models/digits
 	DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -33,10 +36,28 @@ format: setup
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: scaling-table
+bench: $(BENCHMARKS)
 
-scaling-table: setup
-	$(PYTHON) -m benchmarks.scaling_table
+$(BENCHMARKS): setup
+	$(PYTHON) -m benchmarks.$(subst -,_,$@)
+
+bench-peers: setup build/peers/passes/installed $(PEERS:%=build/peers/%/installed)
+	$(PYTHON) -m benchmarks.predict_http --peers
+	build/peers/passes/bin/python -m benchmarks.mc_passes
+
+# An environment each, but for baal, which is compared in one process with us and asks for versions
+# and packages that none of this needs.
+build/peers/passes/installed: benchmarks/peers/passes.txt
+	python3 -m venv build/peers/passes
+	build/peers/passes/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(PYTHON) -c 'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parents[1])' \
+		> $$(echo build/peers/passes/lib/python*/site-packages)/project.pth
+	touch $@
+
+build/peers/%/installed: benchmarks/peers/%.txt
+	python3 -m venv build/peers/$*
+	build/peers/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 lock: setup
 	$(PYTHON) -m piptools compile --quiet --upgrade --strip-extras --all-extras --no-annotate --no-header \

@@ -1,7 +1,8 @@
 """Serve bundles over HTTP: predictions, and how sure the network is of them.
 
-A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (rows, chunks,
-answer) -> ``engine`` (onnxruntime) -> arrays -> ``uncertainty`` (statistics). Nothing here
+A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (model, steps,
+answer) -> ``batching`` (which requests share a run, and where it is made) -> ``runs`` (their rows
+and passes in one array) -> ``engine`` (onnxruntime) -> ``uncertainty`` (statistics). Nothing here
 imports torch.
 
 Array shapes are written with these letters:

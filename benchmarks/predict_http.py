@@ -1,0 +1,315 @@
+"""How many predictions does one core answer over HTTP, and how fast? ``make predict-http``.
+
+The server has one core, the load (wrk) another. The named alternatives serve the same ONNX file:
+a bare ASGI echo (the floor), FastAPI as its tutorial writes it and, with ``--peers`` (``make
+bench-peers``), LitServe, BentoML, MLServer, Ray Serve and Triton. Every server's answer is
+compared with ours before it is timed. ``/uncertainty`` is held against a loop of train-mode passes
+in torch, in process.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import network, timing
+
+SECONDS = 4
+CONNECTIONS = (32, 1)
+ROWS = (1, 64, 1024)
+START_SECONDS = 60
+PEERS = Path("build/peers").resolve()
+LOG = network.FOLDER / "server.log"
+HERE = Path(__file__).resolve().parent
+OURS, FLOOR = "dropserve", "ASGI echo"
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server, and how to ask it."""
+
+    command: list[str]
+    route: str = "/predict"
+    v2: bool = False  # asked as the Open Inference Protocol has it
+    answers: bool = True  # with probabilities
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("--peers", action="store_true")
+    args = command.parse_args()
+    if shutil.which("wrk") is None:
+        sys.exit("error: wrk is needed for the load (Debian's package wrk)")
+    models = network.models()
+    onnx = (models / "digits" / "1" / "predict.onnx").resolve()
+    inputs = example_rows(models)
+    found: list[timing.Row] = []
+    expected = None
+    for name, server in (servers(models) | (peers() if args.peers else {})).items():
+        with running(server, onnx, inputs[:1]) as port:
+            if server.answers:
+                answer = np.ravel(probabilities(ask(server, port, inputs[:1])))
+                expected = answer if expected is None else expected
+                np.testing.assert_allclose(answer, expected, atol=1e-4, err_msg=name)
+            for rows in ROWS if name in (OURS, FLOOR, "FastAPI tutorial") else (1,):
+                for connections in CONNECTIONS:
+                    result = load(server, port, inputs[:rows], connections)
+                    found.append({"what": name, "rows": rows, "connections": connections, **result})
+        if name == OURS:
+            with running(server, onnx, inputs[:1]) as port:
+                asked = Server(server.command, "/uncertainty")
+                for connections in CONNECTIONS:
+                    result = load(asked, port, inputs[:1], connections)
+                    title = "dropserve, /uncertainty, 100 passes"
+                    found.append({"what": title, "rows": 1, "connections": connections, **result})
+    found.append(torch_loop(inputs[:1]))
+    timing.report(__file__, f"One core each ({timing.machine()})", with_ratios(found))
+
+
+def servers(models: Path) -> dict[str, Server]:
+    """Return ours, and what needs no environment of its own."""
+    python = sys.executable
+    ours = [python, "-m", "app", "--models", str(models), "--device", "cpu", "--port", "PORT"]
+    return {
+        OURS: Server(ours),
+        FLOOR: Server([python, str(HERE / "peers" / "echo.py")], answers=False),
+        "FastAPI tutorial": Server([python, str(HERE / "peers" / "fastapi_tutorial.py")]),
+    }
+
+
+def peers() -> dict[str, Server]:
+    """Return those that ``make bench-peers`` has installed."""
+    here = HERE / "peers"
+    triton, packages = triton_files()
+    return {
+        "LitServe": Server([str(PEERS / "litserve/bin/python"), str(here / "litserve_server.py")]),
+        "BentoML": Server(
+            [
+                str(PEERS / "bentoml/bin/bentoml"),
+                *["serve", "benchmarks.peers.bentoml_service:Digits", "--port", "PORT"],
+            ]
+        ),
+        "MLServer": Server(
+            [str(PEERS / "mlserver/bin/mlserver"), "start", str(here / "mlserver")],
+            route="/v2/models/digits/infer",
+            v2=True,
+            environment={
+                "MLSERVER_HTTP_PORT": "PORT",
+                "MLSERVER_GRPC_PORT": str(free_port()),
+                "MLSERVER_METRICS_PORT": str(free_port()),
+                # As many as there are cores for it.
+                "MLSERVER_PARALLEL_WORKERS": "0",
+            },
+        ),
+        "Ray Serve": Server([str(PEERS / "rayserve/bin/python"), str(here / "rayserve_app.py")]),
+        "Triton, python backend": Server(
+            [
+                str(triton / "bin/tritonserver"),
+                *["--model-repository", str(here / "triton")],
+                *["--backend-directory", str(PEERS / "triton/backends")],
+                *["--http-port", "PORT", "--allow-grpc=false", "--allow-metrics=false"],
+            ],
+            route="/v2/models/digits/infer",
+            v2=True,
+            environment={
+                "PATH": f"{PEERS / 'triton/bin'}:{os.environ['PATH']}",
+                "PYTHONPATH": str(packages),
+                "LD_LIBRARY_PATH": str((packages / "nvidia_pytriton.libs").resolve()),
+            },
+        ),
+    }
+
+
+def triton_files() -> tuple[Path, Path]:
+    """Return the folders of tritonserver and of its environment's packages.
+
+    The python backend lies apart from its stub for our Python, so a copy brings them together.
+    """
+    packages = (PEERS / "triton" / "lib").resolve()
+    (packages,) = packages.glob("python*/site-packages")
+    triton = packages / "pytriton" / "tritonserver"
+    backend = PEERS / "triton" / "backends" / "python"
+    if not backend.exists():
+        shutil.copytree(triton / "backends" / "python", backend)
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+        shutil.copy(stub, backend)
+    return triton, packages
+
+
+@contextmanager
+def running(server: Server, onnx: Path, inputs: list[Any]) -> Iterator[int]:
+    """Run a server on the first core until the block ends; yield its port."""
+    port = free_port()
+    named = {"ONNX": str(onnx), "PORT": str(port), "OMP_NUM_THREADS": "1"}
+    given = {
+        key: str(port) if value == "PORT" else value for key, value in server.environment.items()
+    }
+    first_core = min(os.sched_getaffinity(0))
+    with LOG.open("w") as log:
+        process = subprocess.Popen(
+            ["taskset", "-c", str(first_core)]
+            + [str(port) if word == "PORT" else word for word in server.command],
+            env=os.environ | named | given,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_until_it_answers(server, port, inputs, process)
+        yield port
+    finally:
+        stop(process)
+
+
+def wait_until_it_answers(
+    server: Server, port: int, inputs: list[Any], process: subprocess.Popen[bytes]
+) -> None:
+    """Ask until there is an answer."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            ask(server, port, inputs)
+            return
+        except OSError as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"error: {server.command[0]} does not answer ({error}); see {LOG}")
+            time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and what it has started."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+        except ProcessLookupError:
+            break
+        for _ in range(50):
+            if process.poll() is not None:
+                break
+            time.sleep(0.1)
+
+
+def ask(server: Server, port: int, inputs: list[Any]) -> Any:
+    """Ask once; return the answer.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    """
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{server.route}",
+        body(server, inputs),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def body(server: Server, inputs: list[Any]) -> bytes:
+    """Write a request in the server's protocol."""
+    if not server.v2:
+        return json.dumps({"inputs": inputs}).encode()
+    tensor = {"name": "x", "shape": [len(inputs), len(inputs[0])], "datatype": "FP32"}
+    return json.dumps({"inputs": [tensor | {"data": np.ravel(inputs).tolist()}]}).encode()
+
+
+def probabilities(answer: Any) -> Any:
+    """Find the probabilities in an answer."""
+    if isinstance(answer, dict) and "outputs" in answer:
+        return answer["outputs"][0]["data"]
+    return answer["probabilities"] if isinstance(answer, dict) else answer
+
+
+def load(server: Server, port: int, inputs: list[Any], connections: int) -> timing.Row:
+    """Send one request over and over from the last core; return rates and latencies."""
+    file = network.FOLDER / "body.json"
+    file.write_bytes(body(server, inputs))
+    wrk = ["wrk", "--threads", "1", "--connections", str(connections)]
+    wrk += ["--duration", f"{SECONDS}s", "--timeout", "10s", "--script", str(HERE / "post.lua")]
+    last_core = str(max(os.sched_getaffinity(0)))
+    done = subprocess.run(
+        ["taskset", "-c", last_core, *wrk, f"http://127.0.0.1:{port}{server.route}"],
+        env=os.environ | {"BODY": str(file)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    match = re.search("RESULT (.*)", done.stdout)
+    assert match, done.stdout
+    result = json.loads(match[1])
+    return {
+        "requests/s": result["requests"] / result["microseconds"] * 1e6,
+        "p50 ms": result["p50"] / 1000,
+        "p99 ms": result["p99"] / 1000,
+        "failed": result["failed"],
+    }
+
+
+def torch_loop(inputs: list[Any]) -> dict[str, Any]:
+    """Time 100 train-mode passes of a row in a loop, in a process of its own."""
+    code = (
+        "import sys, json, torch; from benchmarks import mc_passes, network, timing;"
+        "from model import checkpoint; torch.set_num_threads(1);"
+        "model = checkpoint.load(network.run()).model;"
+        "x = torch.tensor(json.loads(sys.argv[1])).reshape(1, 8, 8);"
+        "print(timing.interleaved({'': lambda: mc_passes.torch_loop(model, x)})[''])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(inputs)], capture_output=True, text=True, check=True
+    )
+    milliseconds = 1000 * float(done.stdout)
+    return {"what": "torch loop in process, 100 passes", "rows": 1, "p50 ms": milliseconds}
+
+
+def with_ratios(found: list[timing.Row]) -> list[timing.Row]:
+    """Add each rate's ratio to the echo's and ours at the same rows and connections."""
+    rates = {
+        (row["what"], row["rows"], row.get("connections")): row.get("requests/s") for row in found
+    }
+
+    def ratio(row: timing.Row, other: str) -> float | None:
+        mine = row.get("requests/s")
+        theirs = rates.get((other, row["rows"], row.get("connections")))
+        if not isinstance(mine, float) or not isinstance(theirs, float):
+            return None
+        return mine / theirs
+
+    return [
+        dict(row) | {"share of the echo": ratio(row, FLOOR), "share of dropserve": ratio(row, OURS)}
+        for row in found
+    ]
+
+
+def example_rows(models: Path) -> list[Any]:
+    """Return flat rows, real ones over and over, a little off whole numbers."""
+    examples = json.loads((models / "digits" / "1" / "examples.json").read_text())
+    rows = [(np.ravel(each["input"]) + 0.37).round(2).tolist() for each in examples]
+    return [rows[place % len(rows)] for place in range(max(ROWS))]
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    main()
