@@ -122,13 +122,14 @@ class Model:
         self.most_rows = runs.most_at_once(self.manifest.values_per_row)
         self.most_passes = runs.most_at_once(self.manifest.values_per_pass)
         predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
-        row = np.zeros((1, *self.manifest.input.shape), np.float32)
+        # As requests bring them, since the time it takes to read rows counts.
+        rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
         finish = partial(self.summarize, 0.9)
-        pace = batching.measure(lambda size: predict([row.repeat(size, axis=0)]), self.most_rows)
+        pace = batching.measure(lambda size: predict([rows * size]), self.most_rows)
         self.predictions = Batcher(predict, pace, self.most_rows, worker)
         pace = batching.measure(
-            lambda size: draw([Draw(row, stream, range(1), range(size), finish)]), self.most_passes
+            lambda size: draw([Draw(rows, stream, range(1), range(size), finish)]), self.most_passes
         )
         self.draws = Batcher(draw, pace, self.most_passes, worker)
 
