@@ -27,8 +27,7 @@ def rows_from_lists(
         no number of float32 (a boolean is none).
     """
     check_count(inputs, max_rows)
-    rows = rows_at_once(inputs, shape)
-    return rows_one_by_one(inputs, shape) if rows is None else rows
+    return read_rows(inputs, shape)
 
 
 def check_count(inputs: list[object], max_rows: int) -> None:
@@ -37,6 +36,12 @@ def check_count(inputs: list[object], max_rows: int) -> None:
         raise InputError("inputs", "at least one row is needed")
     if len(inputs) > max_rows:
         raise InputError("inputs", f"at most {max_rows} rows are allowed, not {len(inputs)}")
+
+
+def read_rows(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the rows, at once where that can be; raise InputError for the first fault."""
+    rows = rows_at_once(inputs, shape)
+    return rows_one_by_one(inputs, shape) if rows is None else rows
 
 
 def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32] | None:

@@ -18,7 +18,7 @@ from app import uncertainty
 from app.engine import Engine
 from app.errors import InputError
 from app.masks import MaskStream
-from app.rows import rows_at_once, rows_one_by_one
+from app.rows import read_rows, rows_at_once
 from export.bundle import Manifest
 
 Rows = NDArray[np.float32]
@@ -119,7 +119,7 @@ def read(parts: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[in
     faults: dict[int, InputError] = {}
     for number, part in enumerate(parts):
         try:
-            good.append(rows_one_by_one(part, shape) if isinstance(part, list) else part)
+            good.append(read_rows(part, shape) if isinstance(part, list) else part)
         except InputError as error:
             faults[number] = error
     return joined(good) if good else np.empty((0, *shape), np.float32), faults

@@ -83,8 +83,10 @@ def test_a_run_that_fails_fails_for_each_of_its_jobs_and_not_for_the_next(pace: 
     assert [type(each) for each in found] == [ZeroDivisionError, ZeroDivisionError, int]
 
 
-def test_what_comes_while_a_run_is_under_way_is_the_next_run() -> None:
-    doubler = Doubler()
+def answers_of_late_ones(
+    doubler: Doubler, first: Sequence[int], late: Sequence[int], cancelled: int
+) -> list[int]:
+    """Submit jobs, more while their run is under way, and cancel one of them all meanwhile."""
     started, go_on = threading.Event(), threading.Event()
 
     def run(jobs: Sequence[int]) -> Sequence[int | Exception]:
@@ -95,40 +97,28 @@ def test_what_comes_while_a_run_is_under_way_is_the_next_run() -> None:
     async def main() -> list[int]:
         with ThreadPoolExecutor(1) as worker:
             batcher: Batcher[int, int] = Batcher(run, LONG, 100, worker)
-            tasks = [asyncio.create_task(batcher.submit(1, 1))]
-            await asyncio.to_thread(started.wait, 10)
-            tasks += [asyncio.create_task(batcher.submit(job, 1)) for job in (2, 3, 4)]
+            tasks = {job: asyncio.create_task(batcher.submit(job, 1)) for job in first}
+            assert await asyncio.to_thread(started.wait, 10)
+            tasks |= {job: asyncio.create_task(batcher.submit(job, 1)) for job in late}
             await asyncio.sleep(0)
-            tasks[2].cancel()
+            tasks.pop(cancelled).cancel()
             await asyncio.sleep(0)
             go_on.set()
-            return [await task for task in (tasks[0], tasks[1], tasks[3])]
+            return [await task for task in tasks.values()]
 
-    assert asyncio.run(main()) == [2, 4, 8]
-    # The one that was cancelled left, and its mates did not notice.
+    return asyncio.run(main())
+
+
+def test_what_comes_while_a_run_is_under_way_is_the_next_run_without_what_was_cancelled() -> None:
+    doubler = Doubler()
+    assert answers_of_late_ones(doubler, [1], [2, 3, 4], cancelled=3) == [2, 4, 8]
     assert doubler.runs == [[1], [2, 4]]
 
 
 def test_a_job_cancelled_while_its_run_is_under_way_harms_no_other() -> None:
     doubler = Doubler()
-    started, go_on = threading.Event(), threading.Event()
-
-    def run(jobs: Sequence[int]) -> Sequence[int | Exception]:
-        started.set()
-        assert go_on.wait(10)
-        return doubler.run(jobs)
-
-    async def main() -> int:
-        with ThreadPoolExecutor(1) as worker:
-            batcher: Batcher[int, int] = Batcher(run, LONG, 100, worker)
-            tasks = [asyncio.create_task(batcher.submit(job, 1)) for job in (1, 2)]
-            await asyncio.to_thread(started.wait, 10)
-            tasks[0].cancel()
-            await asyncio.sleep(0)
-            go_on.set()
-            return await tasks[1]
-
-    assert asyncio.run(main()) == 4
+    assert answers_of_late_ones(doubler, [1, 2], [3], cancelled=1) == [4, 6]
+    assert doubler.runs == [[1, 2], [3]]
 
 
 def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
