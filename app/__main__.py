@@ -63,6 +63,10 @@ def main() -> int:
         interface="asgi3",
         # Nothing here asks who the client is.
         proxy_headers=False,
+        # It would gather what to log of each request even where nothing is logged.
+        access_log=False,
+        server_header=False,
+        ws="none",
         log_config=None,
         log_level="warning",
     )

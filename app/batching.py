@@ -1,9 +1,9 @@
 """Share runs: what requests ask of a graph while one run is under way is the next run.
 
-Nothing waits for a batch to fill. A request that comes alone is run at once, together with
-whatever else came in the same turn of the event loop. A run that should be short is made on the
-event loop, where a hop to a thread and back would cost more than the run itself; a longer one is
-made in the worker thread, so that the loop goes on answering, health probes first of all.
+Nothing waits for a batch to fill. What came in one turn of the event loop is one run; while
+requests come one at a time, each is run the moment it is there. A run that should be short is made
+on the event loop, where a hop to a thread and back would cost more than the run itself; a longer
+one is made in the worker thread, so that the loop goes on answering, health probes first of all.
 """
 
 import asyncio
@@ -96,16 +96,23 @@ class Batcher(Generic[Job, Result]):
         self.worker = worker
         self.waiting: deque[Waiting] = deque()
         self.running = False
+        # Whether the last run that gathered its jobs found several.
+        self.crowded = True
 
     async def submit(self, job: Job, size: int) -> Result:
         """Return the result of a job; cancelled before its run begins, it is left out of it."""
         loop = asyncio.get_running_loop()
-        waiting = Waiting(job, size, loop.create_future())
-        self.waiting.append(waiting)
         if not self.running:
             self.running = True
             # Behind the requests that are ready to be read in this turn of the loop.
             loop.call_soon(self.start)
+            if not self.crowded and self.pace.seconds(size) <= ON_LOOP_SECONDS:
+                (outcome,) = self.outcomes([job])
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
+        waiting = Waiting(job, size, loop.create_future())
+        self.waiting.append(waiting)
         result: Result = await waiting.result
         return result
 
@@ -115,6 +122,7 @@ class Batcher(Generic[Job, Result]):
         if not batch:
             self.running = False
             return
+        self.crowded = len(batch) > 1
         jobs = [waiting.job for waiting in batch]
         if self.pace.seconds(sum(waiting.size for waiting in batch)) <= ON_LOOP_SECONDS:
             self.finish(batch, self.outcomes(jobs))

@@ -29,6 +29,9 @@ Found = TypeVar("Found")
 # What bounds the memory of a run: rows or row-passes, and numbers it computes.
 ROWS_AT_ONCE = 4096
 VALUES_AT_ONCE = 2**24
+# Passes of a run are made in pieces that compute so many numbers, most of which then stay in a
+# core's cache from one node to the next.
+VALUES_IN_CACHE = 2**20
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,8 @@ def draw(engine: Engine, draws: Sequence[Draw]) -> list[object]:
     good = [d for number, d in enumerate(draws) if number not in faults]
     found: list[object] = []
     if good:
-        streams = [d.stream.draw(d.rows, d.passes) for d in good]
-        masks = {name: joined([masks[name] for masks in streams]) for name in streams[0]}
-        rows = np.repeat(np.arange(len(x)), [len(d.passes) for d in good for _ in d.rows])
-        outputs = engine.passes(x, rows, masks)  # [N, C]
+        most = max(1, VALUES_IN_CACHE // engine.manifest.values_per_pass)
+        outputs = joined([passes(engine, x, piece) for piece in cut(good, most)])
         for d, place in zip(good, places(d.size for d in good), strict=True):
             samples = uncertainty.by_pass(outputs[place], len(d.passes))
             try:
@@ -107,6 +108,43 @@ def draw(engine: Engine, draws: Sequence[Draw]) -> list[object]:
             except InputError as error:
                 found.append(error)
     return in_place(found, faults)
+
+
+class Part(NamedTuple):
+    """Some passes of some rows of a draw; they are ``x[first:]`` in the run."""
+
+    first: int
+    stream: MaskStream
+    rows: range
+    passes: range
+
+
+def cut(draws: Sequence[Draw], most: int) -> Iterator[list[Part]]:
+    """Cut draws into pieces of about ``most`` row-passes, in order."""
+    piece: list[Part] = []
+    first = size = 0
+    for d in draws:
+        for rows in pieces(len(d.rows), max(1, most // len(d.passes))):
+            for some in pieces(len(d.passes), most):
+                if size + len(rows) * len(some) > most and piece:
+                    yield piece
+                    piece, size = [], 0
+                size += len(rows) * len(some)
+                numbers = d.rows[rows.start : rows.stop], d.passes[some.start : some.stop]
+                piece.append(Part(first + rows.start, d.stream, *numbers))
+        first += len(d.rows)
+    yield piece
+
+
+def passes(engine: Engine, x: Rows, piece: Sequence[Part]) -> NDArray[np.float32]:
+    """Run the passes of a piece; return logits or values ``[N, C]``."""
+    streams = [part.stream.draw(part.rows, part.passes) for part in piece]
+    masks = {name: joined([masks[name] for masks in streams]) for name in streams[0]}
+    rows = [
+        np.repeat(np.arange(part.first, part.first + len(part.rows)), len(part.passes))
+        for part in piece
+    ]
+    return engine.passes(x, joined(rows), masks)
 
 
 def read(parts: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[int, InputError]]:

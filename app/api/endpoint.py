@@ -4,9 +4,8 @@ FastAPI's own way (middleware, routing, Request and Response objects) costs a re
 times what all of this does; benchmarks/README.md has the figures.
 """
 
-import asyncio
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Generic
 
 import orjson
 from fastapi import Request
@@ -15,10 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.api import body, problems
 from app.api.body import Typed
+from app.api.leaving import Leaving
 from app.service import Service, Steps
-
-# Most answers are out sooner than it would take to watch for their client's leaving.
-WATCH_AFTER_SECONDS = 0.01
 
 
 class Endpoint(Generic[Typed]):
@@ -47,29 +44,23 @@ class Endpoint(Generic[Typed]):
         self.steps = steps
         self.service = service
         self.max_body_bytes = max_body_bytes
+        self.leaving = Leaving()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        watch = Watch(receive)
         try:
             request = await body.read(scope, receive, self.request, self.max_body_bytes)
-            watch.start()
-            answer = await self.service.answer(self.steps(request))
+            work = self.service.answer(self.steps(request))
+            answer = await self.leaving.watch(receive, work)
         except ClientDisconnect:
             # Nobody is there to be answered, and the log has nothing to learn from it.
             return
-        except asyncio.CancelledError:
-            if watch.left:
-                return
-            raise
         except Exception as error:
-            watch.stop()
             response = problems.respond(Request(scope), error)
             await response(scope, receive, send)
             if response.status_code == problems.UNEXPECTED:
                 raise
             return
-        watch.stop()
         await send_json(send, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
@@ -81,42 +72,3 @@ async def send_json(send: Send, content: bytes) -> None:
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": content})
-
-
-class Watch:
-    """Cancels the task that answers a request when its client goes away.
-
-    ``receive`` has nothing more to give once the body is read, but for the news of that.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        self.receive = receive
-        self.left = False
-        self.answering: asyncio.Task[Any] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.watcher: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to watch, if the answer takes a while."""
-        self.answering = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        self.timer = loop.call_later(WATCH_AFTER_SECONDS, self.begin)
-
-    def begin(self) -> None:
-        """Watch from now on."""
-        self.watcher = asyncio.create_task(self.cancel_when_left())
-
-    async def cancel_when_left(self) -> None:
-        """Wait for the client to leave."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-        self.left = True
-        if self.answering:
-            self.answering.cancel()
-
-    def stop(self) -> None:
-        """Stop before the answer is sent, whose end reads like a leaving, too."""
-        if self.timer:
-            self.timer.cancel()
-        if self.watcher:
-            self.watcher.cancel()

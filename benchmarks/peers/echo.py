@@ -27,5 +27,12 @@ async def app(
 
 if __name__ == "__main__":
     uvicorn.run(
-        app, port=int(os.environ["PORT"]), lifespan="off", proxy_headers=False, log_level="warning"
+        app,
+        port=int(os.environ["PORT"]),
+        lifespan="off",
+        proxy_headers=False,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        log_level="warning",
     )

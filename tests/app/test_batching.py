@@ -53,6 +53,31 @@ def test_a_run_holds_no_more_than_it_may_and_keeps_the_order(pace: Pace) -> None
     assert doubler.runs == [[1, 2], [3, 4], [5]]
 
 
+def test_while_jobs_come_one_at_a_time_each_is_run_at_once_and_those_beside_it_share_the_next() -> (
+    None
+):
+    doubler = Doubler()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            batcher = Batcher(doubler.run, SHORT, 100, worker)
+            assert await batcher.submit(1, 1) == 2
+            # No turn of the loop passes before the result is there.
+            with pytest.raises(StopIteration, match="4"):
+                batcher.submit(2, 1).send(None)
+            await asyncio.sleep(0)
+            with pytest.raises(ValueError, match="-3 is negative"):
+                await batcher.submit(-3, 1)
+            await asyncio.sleep(0)
+            for _ in range(2):
+                submitted = (batcher.submit(job, 1) for job in (4, 5, 6))
+                assert await asyncio.gather(*submitted) == [8, 10, 12]
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert doubler.runs == [[1], [2], [-3], [4], [5, 6], [4, 5, 6]]
+
+
 def test_short_runs_are_made_on_the_loop_and_long_ones_in_the_worker() -> None:
     short, long = Doubler(), Doubler()
     answers(short, SHORT, [1])
