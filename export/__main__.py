@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from export import bundle, predict_graph, stochastic_graph, trace, verify
+from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
 from export.reference import TorchReference
 from export.sites import ExportError, sites_of
 from model import checkpoint
@@ -21,8 +21,10 @@ EXAMPLES = 10
 PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 
 
-def export(run: Path, models: Path, name: str) -> Path:
+def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
     """Export the checkpoint in ``run`` as the next version of ``models/NAME``; return its place.
+
+    With ``half``, the graphs compute in float16.
 
     Raises
     ------
@@ -39,6 +41,8 @@ def export(run: Path, models: Path, name: str) -> Path:
     sites = sites_of(traced)
     predict, not_folded = predict_graph.build(traced)
     stochastic = stochastic_graph.build(traced)
+    if half:
+        predict, stochastic = half_precision.build(predict), half_precision.build(stochastic)
     files = {
         bundle.PREDICT: serialize(predict),
         bundle.STOCHASTIC: serialize(stochastic),
@@ -53,6 +57,7 @@ def export(run: Path, models: Path, name: str) -> Path:
         files[bundle.STOCHASTIC],
         x,
         answers,
+        verify.HALF_TOLERANCE if half else verify.TOLERANCE,
     )
     print(verify.describe(measured, sites))
 
@@ -72,6 +77,7 @@ def export(run: Path, models: Path, name: str) -> Path:
             values_per_row=predict_graph.values_per(predict, trace.BATCH),
             values_per_pass=predict_graph.values_per(stochastic, stochastic_graph.PASSES),
             preprocessing="standardisation, folded into both graphs: send raw features",
+            precision="float16" if half else "float32",
             sites=tuple(
                 bundle.DropoutSite(
                     name=site.name,
@@ -132,6 +138,11 @@ def parser() -> OneLineParser:
     command.add_argument("run", type=Path, help="directory of the checkpoint")
     command.add_argument("--models", type=Path, required=True, help="folder of all bundles")
     command.add_argument("--name", help="the model's name; by default the directory's")
+    command.add_argument(
+        "--half",
+        action="store_true",
+        help="compute in float16, for GPUs; the manifest says what that costs",
+    )
     return command
 
 
@@ -140,7 +151,7 @@ def main() -> int:
     args = parser().parse_args()
     name = args.run.resolve().name if args.name is None else args.name
     try:
-        place = export(args.run, args.models, name)
+        place = export(args.run, args.models, name, half=args.half)
     except (checkpoint.CheckpointError, ExportError, bundle.BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -123,6 +123,10 @@ class Manifest(Record):
     input: Input
     outputs: Outputs
     preprocessing: str
+    precision: Literal["float32", "float16"] = Field(
+        default="float32",
+        description="What the graphs compute in; what float16 costs, verification has measured.",
+    )
     values_per_row: int = Field(
         ge=1, description="Numbers that predict.onnx computes for a row: bounds a run's memory."
     )

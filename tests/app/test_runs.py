@@ -38,5 +38,6 @@ def test_a_run_of_many_draws_in_pieces_is_what_each_draw_is_alone(
     monkeypatch.setattr(runs, "VALUES_IN_CACHE", row_passes * engine.manifest.values_per_pass)
     for draw, one, other in zip(draws, alone, runs.draw(engine, draws), strict=True):
         shape = (len(draw.passes), len(draw.rows), 10)
-        assert np.shape(other) == shape
-        np.testing.assert_allclose(np.asarray(other), np.asarray(one), atol=1e-5)
+        samples = np.asarray(other)
+        assert samples.shape == shape
+        np.testing.assert_allclose(samples, np.asarray(one), atol=1e-5)

@@ -1,0 +1,86 @@
+"""Graphs in half precision: what stays exact, what is measured, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from app.service import Query, Service, load_engines
+from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
+from export.__main__ import export
+from export.reference import TorchReference
+from export.sites import ExportError, sites_of
+from model import datasets
+from model.networks import Model, NetworkConfig, NetworkName
+
+X: NDArray[np.float32] = datasets.split(datasets.load("digits"), 0).test.x
+
+
+def network(name: NetworkName, x: NDArray[np.float32] = X) -> Model:
+    torch.manual_seed(0)
+    model = Model(NetworkConfig(name, (8, 8), 10, (32, 32), 0.5, "inverted"))
+    model.learn_input_scale(torch.from_numpy(x))
+    return model.eval()
+
+
+def measured(model: Model, x: NDArray[np.float32] = X) -> bundle.Verification:
+    """Export in half precision, and verify."""
+    traced = trace.trace(model, torch.from_numpy(x[:2]))
+    graphs = [predict_graph.build(traced)[0], stochastic_graph.build(traced)]
+    predict, stochastic = (
+        ir.to_proto(half_precision.build(graph)).SerializeToString() for graph in graphs
+    )
+    with torch.no_grad():
+        answers = model(torch.from_numpy(x)).numpy()
+    reference, sites = TorchReference(model), sites_of(traced)
+    return verify.verify(reference, sites, predict, stochastic, x, answers, verify.HALF_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "residual"])
+def test_every_network_is_right_within_what_float16_can_hold(name: NetworkName) -> None:
+    found = measured(network(name))
+    # Float16 keeps 11 bits; float32 would be off by a millionth.
+    assert 2**-16 < found.predict_error < 2**-8
+    assert 2**-16 < found.stochastic_error < 2**-8
+
+
+def test_raw_features_may_be_larger_than_float16_reaches() -> None:
+    x = 1e7 + 1e6 * X
+    assert measured(network("mlp", x), x).predict_error < 2**-8
+
+
+def test_weights_that_float16_cannot_hold_are_refused() -> None:
+    model = network("mlp")
+    with torch.no_grad():
+        first = next(model.network.parameters())
+        first[0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"weight is beyond float16; export without --half$"):
+        measured(model)
+
+
+def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_costs(
+    built: Path, tmp_path: Path, examples: Any
+) -> None:
+    place = export(built / "runs" / "digits", tmp_path, "digits", half=True)
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert manifest["precision"] == "float16"
+    assert 1e-5 < manifest["provenance"]["verification"]["predict_error"] < 2**-8
+    for file in (bundle.PREDICT, bundle.STOCHASTIC):
+        graph = onnx.load(place / file).graph
+        assert {value.type.tensor_type.elem_type for value in (graph.input[0], *graph.output)} == {
+            onnx.TensorProto.FLOAT
+        }
+    limits = {"max_rows": 100, "max_passes": 100, "max_row_passes": 10_000}
+    half, single = (
+        Service(load_engines(models, "cpu"), **limits) for models in (tmp_path, built / "models")
+    )
+    query = Query(examples("digits"), "digits", 1, 100, seed=5, interval=0.9)
+    one, other = half.uncertainty(query), single.uncertainty(query)
+    assert one["labels"] == other["labels"]
+    np.testing.assert_allclose(np.asarray(one["mean"]), np.asarray(other["mean"]), atol=1e-2)
