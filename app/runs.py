@@ -29,8 +29,8 @@ Found = TypeVar("Found")
 # What bounds the memory of a run: rows or row-passes, and numbers it computes.
 ROWS_AT_ONCE = 4096
 VALUES_AT_ONCE = 2**24
-# Passes of a run are made in pieces that compute so many numbers, most of which then stay in a
-# core's cache from one node to the next.
+# On the CPU, the passes of a run are made in pieces that compute so many numbers, most of which
+# then stay in a core's cache from one node to the next.
 VALUES_IN_CACHE = 2**20
 
 
@@ -98,7 +98,8 @@ def draw(engine: Engine, draws: Sequence[Draw]) -> list[object]:
     good = [d for number, d in enumerate(draws) if number not in faults]
     found: list[object] = []
     if good:
-        most = max(1, VALUES_IN_CACHE // engine.manifest.values_per_pass)
+        values = VALUES_IN_CACHE if engine.device == "cpu" else VALUES_AT_ONCE
+        most = max(1, values // engine.manifest.values_per_pass)
         outputs = joined([passes(engine, x, piece) for piece in cut(good, most)])
         for d, place in zip(good, places(d.size for d in good), strict=True):
             samples = uncertainty.by_pass(outputs[place], len(d.passes))
