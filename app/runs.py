@@ -6,7 +6,7 @@ rows are not allowed, or whose outcome is beyond float32, is answered with an ``
 touches no other.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeVar
@@ -19,12 +19,14 @@ from app.engine import Engine
 from app.errors import InputError
 from app.masks import MaskStream
 from app.rows import read_rows, rows_at_once
+from app.uncertainty import Entropies, Moments, Samples
 from export.bundle import Manifest
 
 Rows = NDArray[np.float32]
 Inputs = list[object] | Rows  # rows as they came, or read
 Scalar = TypeVar("Scalar", bound=np.generic)
 Found = TypeVar("Found")
+Summary = tuple[Moments, Entropies | None]
 
 # What bounds the memory of a run: rows or row-passes, and numbers it computes.
 ROWS_AT_ONCE = 4096
@@ -48,15 +50,16 @@ class Draw:
         Places of the rows in their request.
     passes
         Numbers of the passes.
-    finish
-        What is made of the samples ``[T, b, C]``, where the run is made.
+    level
+        Of the interval in the summary that the samples ``[T, b, C]`` become; None: they stay as
+        they are.
     """
 
     inputs: Inputs
     stream: MaskStream
     rows: range
     passes: range
-    finish: Callable[[uncertainty.Samples], object]
+    level: float | None
 
     @property
     def size(self) -> int:
@@ -92,23 +95,89 @@ def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputE
     return in_place(found, faults)
 
 
-def draw(engine: Engine, draws: Sequence[Draw]) -> list[object]:
-    """Run the passes of each draw; return what its ``finish`` made of them."""
+def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Summary | InputError]:
+    """Run the passes of each draw; return its samples ``[T, b, C]``, or their summary."""
     x, faults = read([d.inputs for d in draws], engine.manifest.input.shape)
     good = [d for number, d in enumerate(draws) if number not in faults]
-    found: list[object] = []
+    found: list[Samples | Summary | InputError] = []
     if good:
         values = VALUES_IN_CACHE if engine.device == "cpu" else VALUES_AT_ONCE
         most = max(1, values // engine.manifest.values_per_pass)
         outputs = joined([passes(engine, x, piece) for piece in cut(good, most)])
-        for d, place in zip(good, places(d.size for d in good), strict=True):
-            samples = uncertainty.by_pass(outputs[place], len(d.passes))
-            try:
-                check_finite(samples)
-                found.append(d.finish(as_answers(engine.manifest, samples)))
-            except InputError as error:
-                found.append(error)
+        found = finish(engine.manifest, good, outputs)
     return in_place(found, faults)
+
+
+def finish(
+    manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
+) -> list[Samples | Summary | InputError]:
+    """Make of the outputs ``[N, C]`` what each draw asks for, at once for those that ask alike."""
+    alike: dict[tuple[int, float | None], list[int]] = {}
+    for number, d in enumerate(draws):
+        alike.setdefault((len(d.passes), d.level), []).append(number)
+    if len(alike) == 1:
+        return finish_alike(manifest, draws, outputs)
+    place_of = list(places(d.size for d in draws))
+    found: dict[int, Samples | Summary | InputError] = {}
+    for numbers in alike.values():
+        some = joined([outputs[place_of[number]] for number in numbers])
+        made = finish_alike(manifest, [draws[number] for number in numbers], some)
+        found |= zip(numbers, made, strict=True)
+    return [found[number] for number in range(len(draws))]
+
+
+def finish_alike(
+    manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
+) -> list[Samples | Summary | InputError]:
+    """Make of the outputs ``[N, C]`` what draws of as many passes and the same level ask for."""
+    passes, level = len(draws[0].passes), draws[0].level
+    try:
+        samples = answers_by_pass(manifest, outputs, passes)
+        summary = None if level is None else summarize(manifest, level, samples)
+    except InputError as error:
+        if len(draws) == 1:
+            return [error]
+        # Somebody's; each alone shows whose.
+        own = places(d.size for d in draws)
+        return [
+            finish_alike(manifest, [d], outputs[place])[0]
+            for d, place in zip(draws, own, strict=True)
+        ]
+    own = places(len(d.rows) for d in draws)
+    if summary is None:
+        return [samples[:, rows] for rows in own]
+    moments, entropies = summary
+    return [
+        (
+            uncertainty.part(moments, rows),
+            uncertainty.part(entropies, rows) if entropies else None,
+        )
+        for rows in own
+    ]
+
+
+def answers_by_pass(manifest: Manifest, outputs: NDArray[np.float32], count: int) -> Samples:
+    """Turn outputs ``[N, C]`` of ``count`` passes a row into samples ``[T, B, C]``."""
+    samples = uncertainty.by_pass(outputs, count)
+    if not finite(samples):
+        raise beyond_float32()
+    return as_answers(manifest, samples)
+
+
+def summarize(manifest: Manifest, level: float, samples: Samples) -> Summary:
+    """Say what the samples ``[T, B, C]`` of some rows say, in float32.
+
+    Raises
+    ------
+    InputError
+        If the passes of a row lie further apart than float32 reaches.
+    """
+    moments = uncertainty.moments(samples, level)
+    if manifest.task == "classification":
+        return uncertainty.join([moments]), uncertainty.join([uncertainty.entropies(samples)])
+    if not moments.std.max() <= np.finfo(np.float32).max:
+        raise beyond_float32()
+    return uncertainty.join([moments]), None
 
 
 class Part(NamedTuple):
@@ -180,12 +249,6 @@ def kept(stream: MaskStream, rows: range, passes: range) -> NDArray[np.float64]:
 def as_answers(manifest: Manifest, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
     return uncertainty.softmax(outputs) if manifest.task == "classification" else outputs
-
-
-def check_finite(numbers: NDArray[np.floating]) -> None:
-    """Raise InputError where an answer would hold infinity or NaN."""
-    if not finite(numbers):
-        raise beyond_float32()
 
 
 def finite(numbers: NDArray[np.floating]) -> bool:

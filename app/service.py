@@ -27,9 +27,9 @@ from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, StartError, UnknownModel
 from app.masks import MaskStream
 from app.rows import check_count, rows_from_lists
-from app.runs import Draw, Inputs, Prediction
+from app.runs import Draw, Inputs, Prediction, Summary
 from app.uncertainty import Entropies, Moments, Samples
-from export.bundle import BundleError, Manifest
+from export.bundle import BundleError
 
 Answer = dict[str, object]
 Engines = dict[str, dict[int, Engine]]  # by name and version
@@ -118,18 +118,16 @@ class Model:
         self.classification = self.manifest.task == "classification"
         # Who answers.
         self.identity: Answer = {"model": self.manifest.name, "version": self.manifest.version}
-        self.summarize = partial(summarize, self.manifest)
         self.most_rows = runs.most_at_once(self.manifest.values_per_row)
         self.most_passes = runs.most_at_once(self.manifest.values_per_pass)
         predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
         # As requests bring them, since the time it takes to read rows counts.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
-        finish = partial(self.summarize, 0.9)
         pace = batching.measure(lambda size: predict([rows * size]), self.most_rows)
         self.predictions = Batcher(predict, pace, self.most_rows, worker)
         pace = batching.measure(
-            lambda size: draw([Draw(rows, stream, range(1), range(size), finish)]), self.most_passes
+            lambda size: draw([Draw(rows, stream, range(1), range(size), 0.9)]), self.most_passes
         )
         self.draws = Batcher(draw, pace, self.most_passes, worker)
 
@@ -156,31 +154,28 @@ class Model:
             return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
         return inputs
 
-    def sample(
-        self, inputs: Inputs, stream: MaskStream, passes: int, finish: Callable[[Samples], object]
-    ) -> Part:
-        """Run train-mode passes; give what ``finish`` makes of each group of rows' samples.
+    def sample(self, inputs: Inputs, stream: MaskStream, passes: int, level: float | None) -> Part:
+        """Run train-mode passes; give each group of rows' samples, or their summary.
 
         A group holds as many rows as fit one run with all their passes. A row with more passes
         than that is a group of its own, run in pieces.
         """
         if len(inputs) * passes <= self.most_passes:
-            draw = Draw(inputs, stream, range(len(inputs)), range(passes), finish)
+            draw = Draw(inputs, stream, range(len(inputs)), range(passes), level)
             return [(yield Shared(self.draws, draw, draw.size))]
         found = []
         x = yield from self.read(inputs)
         for rows in runs.pieces(len(x), max(1, self.most_passes // passes)):
             parts = []
             for some in runs.pieces(passes, self.most_passes):
-                draw = Draw(x[rows.start : rows.stop], stream, rows, some, as_they_are)
+                draw = Draw(x[rows.start : rows.stop], stream, rows, some, None)
                 parts.append((yield Shared(self.draws, draw, draw.size)))
-            found.append((yield Aside(partial(finish, np.concatenate(parts)))))
+            found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
         return found
 
-
-def as_they_are(samples: Samples) -> Samples:
-    """Give samples unfinished."""
-    return samples
+    def finish(self, samples: Samples, level: float | None) -> Samples | Summary:
+        """Summarise samples, where a level says so."""
+        return samples if level is None else runs.summarize(self.manifest, level, samples)
 
 
 class Service:
@@ -245,8 +240,7 @@ class Service:
     def uncertainty_steps(self, query: Query) -> Steps:
         """Answer with the statistics of train-mode passes."""
         model, stream = self.begin(query)
-        finish = partial(model.summarize, query.interval)
-        summaries = yield from model.sample(query.inputs, stream, query.passes, finish)
+        summaries = yield from model.sample(query.inputs, stream, query.passes, query.interval)
         return head(model, stream, query) | describe(model, query, *joined(summaries))
 
     def debug_steps(self, query: Query) -> Steps:
@@ -259,9 +253,10 @@ class Service:
                 "passes",
                 f"rows x passes x outputs may be at most {MAX_DEBUG_VALUES} here, not {values}",
             )
-        groups = yield from model.sample(inputs, stream, query.passes, as_they_are)
-        summarized = partial(model.summarize, query.interval)
-        summaries = yield Aside(lambda: [summarized(samples) for samples in groups])
+        groups = yield from model.sample(inputs, stream, query.passes, None)
+        summaries = yield Aside(
+            lambda: [model.finish(samples, query.interval) for samples in groups]
+        )
         moments, entropies = joined(summaries)
         point, _ = yield from model.deterministic(inputs)
         gap = uncertainty.expectation_gap(moments, point)
@@ -356,22 +351,9 @@ def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> lis
     return shares
 
 
-def summarize(
-    manifest: Manifest, level: float, samples: Samples
-) -> tuple[Moments, Entropies | None]:
-    """Say what the samples ``[T, b, C]`` of some rows say."""
-    moments = uncertainty.moments(samples, level)
-    if manifest.task == "classification":
-        return moments, uncertainty.entropies(samples)
-    # Passes that are finite can lie further apart than float32 reaches.
-    if not moments.std.max() <= np.finfo(np.float32).max:
-        raise runs.beyond_float32()
-    return moments, None
-
-
 def joined(
-    summaries: Sequence[tuple[Moments, Entropies | None]],
-) -> tuple[Moments, Entropies | None]:
+    summaries: Sequence[Summary],
+) -> Summary:
     """Put the summaries of groups of rows together."""
     moments = uncertainty.join([moments for moments, _ in summaries])
     entropies = [entropies for _, entropies in summaries if entropies is not None]

@@ -172,10 +172,15 @@ def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
     return gap
 
 
+def part(summary: Summary, rows: slice) -> Summary:
+    """Take the summary of some rows out of that of more."""
+    return type(summary)(*[column[rows] for column in vars(summary).values()])
+
+
 def join(parts: Sequence[Summary]) -> Summary:
     """Put the summaries of groups of rows together, in order, as precise as the samples were."""
     if len(parts) == 1:
-        columns = [column.astype(np.float32) for column in vars(parts[0]).values()]
+        columns = [column.astype(np.float32, copy=False) for column in vars(parts[0]).values()]
     else:
         columns = [
             np.concatenate([getattr(part, field.name) for part in parts], dtype=np.float32)
