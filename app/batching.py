@@ -1,6 +1,6 @@
 """Share runs: what requests ask of a graph while one run is under way is the next run.
 
-Nothing waits for a batch to fill. What came in one turn of the event loop is one run; while
+Nothing waits for a batch to fill. What came in two turns of the event loop is one run; while
 requests come one at a time, each is run the moment it is there. A run that should be short is made
 on the event loop, where a hop to a thread and back would cost more than the run itself; a longer
 one is made in the worker thread, so that the loop goes on answering, health probes first of all.
@@ -104,13 +104,16 @@ class Batcher(Generic[Job, Result]):
         loop = asyncio.get_running_loop()
         if not self.running:
             self.running = True
-            # Behind the requests that are ready to be read in this turn of the loop.
-            loop.call_soon(self.start)
-            if not self.crowded and self.pace.seconds(size) <= ON_LOOP_SECONDS:
-                (outcome,) = self.outcomes([job])
-                if isinstance(outcome, Exception):
-                    raise outcome
-                return outcome
+            if self.crowded:
+                # Behind those that the loop is about to read: their tasks begin in its next turn.
+                loop.call_soon(loop.call_soon, self.start)
+            else:
+                loop.call_soon(self.start)
+                if self.pace.seconds(size) <= ON_LOOP_SECONDS:
+                    (outcome,) = self.outcomes([job])
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    return outcome
         waiting = Waiting(job, size, loop.create_future())
         self.waiting.append(waiting)
         result: Result = await waiting.result

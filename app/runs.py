@@ -143,6 +143,8 @@ def finish_alike(
             finish_alike(manifest, [d], outputs[place])[0]
             for d, place in zip(draws, own, strict=True)
         ]
+    if len(draws) == 1:
+        return [summary or samples]
     own = places(len(d.rows) for d in draws)
     if summary is None:
         return [samples[:, rows] for rows in own]

@@ -10,17 +10,18 @@ from pathlib import Path
 Row = Mapping[str, str | float | int | None]
 
 SECONDS_EACH = 1.0
+WARM_UP_SECONDS = 0.002
 FEWEST, MOST = 5, 400
 
 
 def interleaved(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Return the median seconds of each work, all timed in turns.
 
-    What disturbs the machine for a while so disturbs all of them.
+    What disturbs the machine for a while so disturbs all of them. Each is made a few times before
+    it is timed, so that it does not pay for what the one before it has put into the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for name, work in works.items():
-        work()
         times[name].append(timed(work))
     rounds = {name: rounds_of(first[0]) for name, first in times.items()}
     for turn in range(max(rounds.values())):
@@ -37,7 +38,11 @@ def rounds_of(seconds: float) -> int:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return how long a work takes, in seconds."""
+    """Return how long a work takes, in seconds, once it is warm."""
+    warm = time.perf_counter() + WARM_UP_SECONDS
+    work()
+    while time.perf_counter() < warm:
+        work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
