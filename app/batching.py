@@ -1,9 +1,10 @@
 """Share runs: what requests ask of a graph while one run is under way is the next run.
 
-Nothing waits for a batch to fill. What came in two turns of the event loop is one run; while
-requests come one at a time, each is run the moment it is there. A run that should be short is made
-on the event loop, where a hop to a thread and back would cost more than the run itself; a longer
-one is made in the worker thread, so that the loop goes on answering, health probes first of all.
+Nothing waits for a batch to fill. While requests come one at a time, each is run the moment it is
+there. As soon as they come together, a run takes what two turns of the event loop have brought. A
+run that should be short is made on the event loop, where a hop to a thread and back would cost more
+than the run itself; a longer one is made in the worker thread, so that the loop goes on answering,
+health probes first of all.
 """
 
 import asyncio
@@ -26,34 +27,39 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a run takes: seconds for itself, and seconds for each unit of its size."""
+    """How long a run takes: seconds for itself, for each unit of its size, and for each job."""
 
     run: float
     unit: float
+    job: float = 0.0
 
-    def seconds(self, size: int) -> float:
-        """Estimate how long a run of ``size`` takes."""
-        return self.run + self.unit * size
+    def seconds(self, size: int, jobs: int) -> float:
+        """Estimate how long a run of ``jobs`` jobs, ``size`` together, takes."""
+        return self.run + self.unit * size + self.job * jobs
 
 
-def measure(run: Callable[[int], object], most: int) -> Pace:
-    """Warm up ``run(size)``, and time it for a small size and a larger one, at most ``most``."""
-    alone = seconds(run, ALONE)
+def measure(run: Callable[[Sequence[int]], object], most: int) -> Pace:
+    """Warm up ``run``, which takes the sizes of its jobs, and time it.
+
+    It is timed for a small job, for a larger one, at most ``most``, and for many small ones.
+    """
+    alone = seconds(run, [ALONE])
     together = min(TOGETHER, most)
     # A run that is slow already is not made again and again, and larger, to see how slow.
     if alone > ON_LOOP_SECONDS or together == ALONE:
         return Pace(alone, alone)
-    unit = max(0.0, (seconds(run, together) - alone) / (together - ALONE))
-    return Pace(max(0.0, alone - unit), unit)
+    unit = max(0.0, (seconds(run, [together]) - alone) / (together - ALONE))
+    job = max(0.0, (seconds(run, [ALONE] * together) - alone) / (together - ALONE) - unit)
+    return Pace(max(0.0, alone - unit - job), unit, job)
 
 
-def seconds(run: Callable[[int], object], size: int) -> float:
+def seconds(run: Callable[[Sequence[int]], object], sizes: Sequence[int]) -> float:
     """Return how long a warm run takes, at best."""
-    run(size)
+    run(sizes)
     best = float("inf")
     for _ in range(TIMINGS):
         start = time.perf_counter()
-        run(size)
+        run(sizes)
         best = min(best, time.perf_counter() - start)
         if best > ON_LOOP_SECONDS:
             break
@@ -96,8 +102,9 @@ class Batcher(Generic[Job, Result]):
         self.worker = worker
         self.waiting: deque[Waiting] = deque()
         self.running = False
-        # Whether the last run that gathered its jobs found several.
+        # Whether jobs came together when last looked at, and how many were run at once since.
         self.crowded = True
+        self.at_once = 0
 
     async def submit(self, job: Job, size: int) -> Result:
         """Return the result of a job; cancelled before its run begins, it is left out of it."""
@@ -109,7 +116,8 @@ class Batcher(Generic[Job, Result]):
                 loop.call_soon(loop.call_soon, self.start)
             else:
                 loop.call_soon(self.start)
-                if self.pace.seconds(size) <= ON_LOOP_SECONDS:
+                if self.pace.seconds(size, 1) <= ON_LOOP_SECONDS:
+                    self.at_once = 1
                     (outcome,) = self.outcomes([job])
                     if isinstance(outcome, Exception):
                         raise outcome
@@ -122,12 +130,14 @@ class Batcher(Generic[Job, Result]):
     def start(self) -> None:
         """Make the next run of what is waiting."""
         batch = self.take()
+        self.crowded = self.at_once + len(batch) > 1
+        self.at_once = 0
         if not batch:
             self.running = False
             return
-        self.crowded = len(batch) > 1
         jobs = [waiting.job for waiting in batch]
-        if self.pace.seconds(sum(waiting.size for waiting in batch)) <= ON_LOOP_SECONDS:
+        size = sum(waiting.size for waiting in batch)
+        if self.pace.seconds(size, len(batch)) <= ON_LOOP_SECONDS:
             self.finish(batch, self.outcomes(jobs))
         else:
             loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ without an error when a CUDA library is absent. So the session is asked what it 
 import contextlib
 import ctypes
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     CUDA: {
         # TensorFloat-32, on by default, keeps 11 bits: answers would differ from the CPU's by 1e-3.
         "use_tf32": "0",
-        # Copies take the stream of the computation, so that nothing waits for another stream.
+        # The default, which this relies on: copies take the stream of the computation.
         "do_copy_in_default_stream": "1",
     },
 }
@@ -55,7 +56,10 @@ def open_session(
     """
     wanted = PROVIDERS[device][0]
     if device != "cpu":
-        check_present(device, wanted)
+        check_present(device)
+    if device == "tensorrt":
+        # It has no option for it; NVIDIA's libraries all follow this.
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     # Here an absent library is no news for the log: the caller gets it as an error.
     with quiet_log():
         if device != "cpu":
@@ -67,8 +71,9 @@ def open_session(
     return session
 
 
-def check_present(device: Device, wanted: str) -> None:
-    """Raise DeviceUnavailable where there is no use in trying."""
+def check_present(device: Device) -> None:
+    """Raise DeviceUnavailable where there is no use in trying to use a GPU."""
+    wanted = PROVIDERS[device][0]
     if wanted not in onnxruntime.get_available_providers():
         raise DeviceUnavailable(
             f"device {device}: the installed onnxruntime has no {wanted}; "

@@ -26,7 +26,7 @@ Rows = NDArray[np.float32]
 Inputs = list[object] | Rows  # rows as they came, or read
 Scalar = TypeVar("Scalar", bound=np.generic)
 Found = TypeVar("Found")
-Summary = tuple[Moments, Entropies | None]
+Statistics = tuple[Moments, Entropies | None]
 
 # What bounds the memory of a run: rows or row-passes, and numbers it computes.
 ROWS_AT_ONCE = 4096
@@ -91,15 +91,15 @@ def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputE
             if fine or not beyond[place].any():
                 found.append(Prediction(answers[place], largest[place]))
             else:
-                found.append(beyond_float32())
+                found.append(out_of_reach(engine.manifest))
     return in_place(found, faults)
 
 
-def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Summary | InputError]:
+def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Statistics | InputError]:
     """Run the passes of each draw; return its samples ``[T, b, C]``, or their summary."""
     x, faults = read([d.inputs for d in draws], engine.manifest.input.shape)
     good = [d for number, d in enumerate(draws) if number not in faults]
-    found: list[Samples | Summary | InputError] = []
+    found: list[Samples | Statistics | InputError] = []
     if good:
         values = VALUES_IN_CACHE if engine.device == "cpu" else VALUES_AT_ONCE
         most = max(1, values // engine.manifest.values_per_pass)
@@ -110,7 +110,7 @@ def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Summary | Inpu
 
 def finish(
     manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
-) -> list[Samples | Summary | InputError]:
+) -> list[Samples | Statistics | InputError]:
     """Make of the outputs ``[N, C]`` what each draw asks for, at once for those that ask alike."""
     alike: dict[tuple[int, float | None], list[int]] = {}
     for number, d in enumerate(draws):
@@ -118,7 +118,7 @@ def finish(
     if len(alike) == 1:
         return finish_alike(manifest, draws, outputs)
     place_of = list(places(d.size for d in draws))
-    found: dict[int, Samples | Summary | InputError] = {}
+    found: dict[int, Samples | Statistics | InputError] = {}
     for numbers in alike.values():
         some = joined([outputs[place_of[number]] for number in numbers])
         made = finish_alike(manifest, [draws[number] for number in numbers], some)
@@ -128,11 +128,11 @@ def finish(
 
 def finish_alike(
     manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
-) -> list[Samples | Summary | InputError]:
+) -> list[Samples | Statistics | InputError]:
     """Make of the outputs ``[N, C]`` what draws of as many passes and the same level ask for."""
-    passes, level = len(draws[0].passes), draws[0].level
+    count, level = len(draws[0].passes), draws[0].level
     try:
-        samples = answers_by_pass(manifest, outputs, passes)
+        samples = answers_by_pass(manifest, outputs, count)
         summary = None if level is None else summarize(manifest, level, samples)
     except InputError as error:
         if len(draws) == 1:
@@ -151,8 +151,8 @@ def finish_alike(
     moments, entropies = summary
     return [
         (
-            uncertainty.part(moments, rows),
-            uncertainty.part(entropies, rows) if entropies else None,
+            uncertainty.take(moments, rows),
+            uncertainty.take(entropies, rows) if entropies else None,
         )
         for rows in own
     ]
@@ -162,11 +162,11 @@ def answers_by_pass(manifest: Manifest, outputs: NDArray[np.float32], count: int
     """Turn outputs ``[N, C]`` of ``count`` passes a row into samples ``[T, B, C]``."""
     samples = uncertainty.by_pass(outputs, count)
     if not finite(samples):
-        raise beyond_float32()
+        raise out_of_reach(manifest)
     return as_answers(manifest, samples)
 
 
-def summarize(manifest: Manifest, level: float, samples: Samples) -> Summary:
+def summarize(manifest: Manifest, level: float, samples: Samples) -> Statistics:
     """Say what the samples ``[T, B, C]`` of some rows say, in float32.
 
     Raises
@@ -178,12 +178,12 @@ def summarize(manifest: Manifest, level: float, samples: Samples) -> Summary:
     if manifest.task == "classification":
         return uncertainty.join([moments]), uncertainty.join([uncertainty.entropies(samples)])
     if not moments.std.max() <= np.finfo(np.float32).max:
-        raise beyond_float32()
+        raise out_of_reach(manifest)
     return uncertainty.join([moments]), None
 
 
-class Part(NamedTuple):
-    """Some passes of some rows of a draw; they are ``x[first:]`` in the run."""
+class Segment(NamedTuple):
+    """Some passes of some rows of a draw; the rows are ``x[first:]`` in the run."""
 
     first: int
     stream: MaskStream
@@ -191,9 +191,9 @@ class Part(NamedTuple):
     passes: range
 
 
-def cut(draws: Sequence[Draw], most: int) -> Iterator[list[Part]]:
+def cut(draws: Sequence[Draw], most: int) -> Iterator[list[Segment]]:
     """Cut draws into pieces of about ``most`` row-passes, in order."""
-    piece: list[Part] = []
+    piece: list[Segment] = []
     first = size = 0
     for d in draws:
         for rows in pieces(len(d.rows), max(1, most // len(d.passes))):
@@ -203,19 +203,16 @@ def cut(draws: Sequence[Draw], most: int) -> Iterator[list[Part]]:
                     piece, size = [], 0
                 size += len(rows) * len(some)
                 numbers = d.rows[rows.start : rows.stop], d.passes[some.start : some.stop]
-                piece.append(Part(first + rows.start, d.stream, *numbers))
+                piece.append(Segment(first + rows.start, d.stream, *numbers))
         first += len(d.rows)
     yield piece
 
 
-def passes(engine: Engine, x: Rows, piece: Sequence[Part]) -> NDArray[np.float32]:
+def passes(engine: Engine, x: Rows, piece: Sequence[Segment]) -> NDArray[np.float32]:
     """Run the passes of a piece; return logits or values ``[N, C]``."""
-    streams = [part.stream.draw(part.rows, part.passes) for part in piece]
+    streams = [s.stream.draw(s.rows, s.passes) for s in piece]
     masks = {name: joined([masks[name] for masks in streams]) for name in streams[0]}
-    rows = [
-        np.repeat(np.arange(part.first, part.first + len(part.rows)), len(part.passes))
-        for part in piece
-    ]
+    rows = [np.repeat(np.arange(s.first, s.first + len(s.rows)), len(s.passes)) for s in piece]
     return engine.passes(x, joined(rows), masks)
 
 
@@ -258,9 +255,11 @@ def finite(numbers: NDArray[np.floating]) -> bool:
     return bool(np.logical_and.reduce(np.isfinite(numbers), axis=None))
 
 
-def beyond_float32() -> InputError:
+def out_of_reach(manifest: Manifest) -> InputError:
     """Return the error of a request whose answer would hold infinity or NaN."""
-    return InputError("inputs", "values so large that what they lead to is beyond float32")
+    return InputError(
+        "inputs", f"values so large that what they lead to is beyond {manifest.precision}"
+    )
 
 
 def places(sizes: Iterable[int]) -> Iterator[slice]:

@@ -27,7 +27,7 @@ from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, StartError, UnknownModel
 from app.masks import MaskStream
 from app.rows import check_count, rows_from_lists
-from app.runs import Draw, Inputs, Prediction, Summary
+from app.runs import Draw, Inputs, Prediction, Statistics
 from app.uncertainty import Entropies, Moments, Samples
 from export.bundle import BundleError
 
@@ -124,10 +124,19 @@ class Model:
         # As requests bring them, since the time it takes to read rows counts.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
-        pace = batching.measure(lambda size: predict([rows * size]), self.most_rows)
+        pace = batching.measure(
+            lambda sizes: predict([rows * size for size in sizes]), self.most_rows
+        )
         self.predictions = Batcher(predict, pace, self.most_rows, worker)
         pace = batching.measure(
-            lambda size: draw([Draw(rows, stream, range(1), range(size), 0.9)]), self.most_passes
+            lambda sizes: draw(
+                # Each at a level of its own, so that nothing they cost is shared.
+                [
+                    Draw(rows, stream, range(1), range(size), 1 / (2 + number))
+                    for number, size in enumerate(sizes)
+                ]
+            ),
+            self.most_passes,
         )
         self.draws = Batcher(draw, pace, self.most_passes, worker)
 
@@ -173,7 +182,7 @@ class Model:
             found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
         return found
 
-    def finish(self, samples: Samples, level: float | None) -> Samples | Summary:
+    def finish(self, samples: Samples, level: float | None) -> Samples | Statistics:
         """Summarise samples, where a level says so."""
         return samples if level is None else runs.summarize(self.manifest, level, samples)
 
@@ -351,12 +360,10 @@ def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> lis
     return shares
 
 
-def joined(
-    summaries: Sequence[Summary],
-) -> Summary:
+def joined(groups: Sequence[Statistics]) -> Statistics:
     """Put the summaries of groups of rows together."""
-    moments = uncertainty.join([moments for moments, _ in summaries])
-    entropies = [entropies for _, entropies in summaries if entropies is not None]
+    moments = uncertainty.join([moments for moments, _ in groups])
+    entropies = [entropies for _, entropies in groups if entropies is not None]
     return moments, uncertainty.join(entropies) if entropies else None
 
 

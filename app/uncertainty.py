@@ -172,7 +172,7 @@ def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
     return gap
 
 
-def part(summary: Summary, rows: slice) -> Summary:
+def take(summary: Summary, rows: slice) -> Summary:
     """Take the summary of some rows out of that of more."""
     return type(summary)(*[column[rows] for column in vars(summary).values()])
 

@@ -3,9 +3,9 @@
 Parity: both graphs on the GPU against the CPU, with the same masks. Then the time of a run over
 rows and widths, on the CPU and on the GPU: as the service makes it, arrays in and out; with its
 inputs and output bound to the device's memory, so that no copy is timed; and as a CUDA graph. What
-masks cost: made on the host, as the service does; the same, sent as bits and unpacked on the
-device; and drawn by the device itself, whose bits are its own. The floor is the device's own rate
-of matrix products, measured with the same library.
+masks cost: made on the host, as the service does (how they are sent is part of "passes"); sent as
+bits and unpacked on the device, made and packed before; and drawn by the device itself, whose bits
+are its own. The floor is the device's own rate of matrix products, measured with the same library.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from app import repository
-from app.device import OPTIONS, PROVIDERS, Device
+from app.device import OPTIONS, PROVIDERS, Device, check_present
 from app.engine import Engine
 from app.errors import DeviceUnavailable
 from app.masks import UNITS_A_BLOCK, MaskStream
@@ -45,6 +45,7 @@ Work = Callable[[], object]
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     try:
+        check_present("cuda")
         timing.report(__file__, f"{PASSES} passes a row ({timing.machine()})", measure("cuda"))
     except DeviceUnavailable as error:
         # No failure: `make bench` goes on.
@@ -62,10 +63,10 @@ def measure(
         If there is no such device.
     """
     found: list[timing.Row] = []
+    rate = product_rate(device)
     for width in widths:
         bundle = repository.read(network.models(width) / "digits" / "1")
         engine, cpu = Engine(bundle, device), Engine(bundle, "cpu")
-        rate = product_rate(device)
         for count in rows:
             works, parity = alternatives(bundle, engine, cpu, count)
             if not parity < PARITY:

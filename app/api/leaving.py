@@ -15,7 +15,11 @@ Answering = asyncio.Task[Any]
 
 
 class Leaving:
-    """Watches the clients of all requests that take longer than a tick, from one timer."""
+    """Watches the clients of all requests that take longer than a tick, from one timer.
+
+    It belongs to one event loop. Of a client that sends requests ahead of answers (pipelining),
+    uvicorn tells only the newest that it left, so an older one is answered to nobody.
+    """
 
     def __init__(self) -> None:
         self.new: dict[Answering, Receive] = {}

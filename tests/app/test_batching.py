@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,6 +79,55 @@ def test_while_jobs_come_one_at_a_time_each_is_run_at_once_and_those_beside_it_s
     assert doubler.runs == [[1], [2], [-3], [4], [5, 6], [4, 5, 6]]
 
 
+def test_what_two_turns_of_the_loop_bring_is_one_run() -> None:
+    doubler = Doubler()
+
+    async def main() -> list[int]:
+        with ThreadPoolExecutor(1) as worker:
+            batcher = Batcher(doubler.run, SHORT, 100, worker)
+            first = asyncio.create_task(batcher.submit(1, 1))
+            await asyncio.sleep(0)
+            # Read only now, as the next request that waits at the socket.
+            second = asyncio.create_task(batcher.submit(2, 1))
+            return [await first, await second]
+
+    assert asyncio.run(main()) == [2, 4]
+    assert doubler.runs == [[1, 2]]
+
+
+def test_jobs_that_keep_coming_in_pairs_share_their_runs() -> None:
+    doubler = Doubler()
+
+    async def client(batcher: Batcher[int, int], jobs: Sequence[int]) -> None:
+        for job in jobs:
+            assert await batcher.submit(job, 1) == 2 * job
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            batcher = Batcher(doubler.run, SHORT, 100, worker)
+            await batcher.submit(9, 1)
+            await asyncio.sleep(0)
+            await asyncio.gather(client(batcher, [1, 3, 5]), client(batcher, [2, 4, 6]))
+
+    asyncio.run(main())
+    # When the first came, no other was to be expected.
+    assert doubler.runs == [[9], [1], [3, 2], [5, 4], [6]]
+
+
+def test_a_long_run_is_made_in_the_worker_also_where_jobs_come_one_at_a_time() -> None:
+    doubler = Doubler()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            batcher = Batcher(doubler.run, LONG, 100, worker)
+            for job in (1, 2, 3):
+                assert await batcher.submit(job, 1) == 2 * job
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert threading.current_thread() not in doubler.threads
+
+
 def test_short_runs_are_made_on_the_loop_and_long_ones_in_the_worker() -> None:
     short, long = Doubler(), Doubler()
     answers(short, SHORT, [1])
@@ -146,20 +196,41 @@ def test_a_job_cancelled_while_its_run_is_under_way_harms_no_other() -> None:
     assert doubler.runs == [[1, 2], [3]]
 
 
-def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
-    sizes: list[int] = []
+def test_many_jobs_are_longer_than_one_as_large() -> None:
+    pace = Pace(run=0, unit=0, job=ON_LOOP_SECONDS / 2)
+    for jobs, on_loop in (([1, 2], True), ([1, 2, 3], False)):
+        doubler = Doubler()
+        answers(doubler, pace, jobs)
+        assert (doubler.threads == {threading.current_thread()}) == on_loop
 
-    def slow(size: int) -> None:
-        sizes.append(size)
+
+def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
+    tried: list[Sequence[int]] = []
+
+    def slow(sizes: Sequence[int]) -> None:
+        tried.append(sizes)
         threading.Event().wait(2 * ON_LOOP_SECONDS)
 
     pace = measure(slow, most=100)
-    assert set(sizes) == {1}
-    assert pace.seconds(1) > ON_LOOP_SECONDS
-    assert pace.seconds(100) > 50 * ON_LOOP_SECONDS
+    assert all(sizes == [1] for sizes in tried)
+    assert pace.seconds(1, 1) > ON_LOOP_SECONDS
+    assert pace.seconds(100, 1) > 50 * ON_LOOP_SECONDS
+
+
+def test_what_a_run_costs_a_unit_and_a_job_is_told_apart() -> None:
+    def run(sizes: Sequence[int]) -> None:
+        end = time.perf_counter() + 1e-4 + 2e-5 * len(sizes) + 1e-5 * sum(sizes)
+        while time.perf_counter() < end:
+            pass
+
+    pace = measure(run, most=1000)
+    # An estimate may be too high on a busy machine, and never much too low.
+    assert pace.seconds(1, 1) >= 0.9 * 1.3e-4
+    assert pace.seconds(100, 1) >= 0.9 * 1.12e-3
+    assert pace.seconds(100, 100) >= 0.9 * 3.1e-3
 
 
 def test_a_run_is_never_tried_larger_than_it_may_be() -> None:
-    sizes: list[int] = []
-    measure(sizes.append, most=7)
-    assert max(sizes) == 7
+    tried: list[Sequence[int]] = []
+    measure(tried.append, most=7)
+    assert max(sum(sizes) for sizes in tried) == 7

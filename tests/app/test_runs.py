@@ -71,6 +71,7 @@ def test_draws_that_ask_alike_or_not_get_what_they_get_alone_beside_one_that_is_
                 (beyond, range(20), 0.9),
                 (rows[3:4], range(7), None),
                 (rows[4:7], range(20), 0.9),
+                (rows[4:6], range(7), None),
             ]
         )
     ]

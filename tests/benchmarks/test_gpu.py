@@ -1,8 +1,13 @@
 """The GPU's benchmark, on the CPU provider: what it compares agrees; it says what is missing."""
 
+from typing import Any
+
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from app import device
+from app.engine import Engine
 from benchmarks import gpu, timing
 
 
@@ -21,8 +26,21 @@ def test_every_way_runs_and_what_must_agree_does() -> None:
 
 
 def test_answers_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PARITY", 0.0)
-    with pytest.raises(SystemExit, match=r"^error: width 32, 1 rows: off from the CPU by 0$"):
+    engines = []
+
+    class Off(Engine):
+        """The first of the two engines is off by a ten thousandth."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            engines.append(self)
+
+        def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            right = super().predict(x)
+            return right * np.float32(1.0001) if self is engines[0] else right
+
+    monkeypatch.setattr(gpu, "Engine", Off)
+    with pytest.raises(SystemExit, match=r"^error: width 32, 1 rows: off from the CPU by 0.0001$"):
         gpu.measure("cpu", widths=(32,), rows=(1,))
 
 

@@ -55,6 +55,27 @@ def test_raw_features_may_be_larger_than_float16_reaches() -> None:
     assert measured(network("mlp", x), x).predict_error < 2**-8
 
 
+def test_an_answer_around_2000_is_not_rounded_to_whole_units() -> None:
+    model = network("mlp")
+    *_, last = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    with torch.no_grad():
+        last.bias.fill_(2000)
+    # Of float16, half a unit would be 2.5e-4.
+    assert measured(model).predict_error < 1e-6
+
+
+def test_a_node_that_names_its_own_type_is_refused() -> None:
+    class Mask(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (x > 0).float()
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 8), Mask(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)]
+    traced = trace.trace(torch.nn.Sequential(*layers).eval(), torch.randn(2, 8))
+    with pytest.raises(ExportError, match=r"^node \w+: a Cast between linear operators"):
+        half_precision.build(predict_graph.build(traced)[0])
+
+
 def test_weights_that_float16_cannot_hold_are_refused() -> None:
     model = network("mlp")
     with torch.no_grad():
