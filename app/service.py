@@ -250,7 +250,7 @@ class Service:
         """Answer with the statistics of train-mode passes."""
         model, stream = self.begin(query)
         summaries = yield from model.sample(query.inputs, stream, query.passes, query.interval)
-        return head(model, stream, query) | describe(model, query, *joined(summaries))
+        return head(model, stream, query) | describe(model, query, *join_groups(summaries))
 
     def debug_steps(self, query: Query) -> Steps:
         """Answer as ``uncertainty_steps`` does, and with the passes themselves."""
@@ -266,7 +266,7 @@ class Service:
         summaries = yield Aside(
             lambda: [model.finish(samples, query.interval) for samples in groups]
         )
-        moments, entropies = joined(summaries)
+        moments, entropies = join_groups(summaries)
         point, _ = yield from model.deterministic(inputs)
         gap = uncertainty.expectation_gap(moments, point)
         kept = yield Aside(partial(kept_shares, model, stream, len(inputs), query.passes))
@@ -360,7 +360,7 @@ def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> lis
     return shares
 
 
-def joined(groups: Sequence[Statistics]) -> Statistics:
+def join_groups(groups: Sequence[Statistics]) -> Statistics:
     """Put the summaries of groups of rows together."""
     moments = uncertainty.join([moments for moments, _ in groups])
     entropies = [entropies for _, entropies in groups if entropies is not None]

@@ -2,10 +2,11 @@
 
 Parity: both graphs on the GPU against the CPU, with the same masks. Then the time of a run over
 rows and widths, on the CPU and on the GPU: as the service makes it, arrays in and out; with its
-inputs and output bound to the device's memory, so that no copy is timed; and as a CUDA graph. What
-masks cost: made on the host, as the service does (how they are sent is part of "passes"); sent as
-bits and unpacked on the device, made and packed before; and drawn by the device itself, whose bits
-are its own. The floor is the device's own rate of matrix products, measured with the same library.
+inputs and output bound to the device's memory, so that no copy is timed, also in float16; and as a
+CUDA graph. What masks cost: made on the host, as the service does (how they are sent is part of
+"passes"); sent as bits and unpacked on the device, made and packed before; and drawn by the device
+itself, whose bits are its own. The floor is the device's own rate of matrix products, measured with
+the same library.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, load_from_string, numpy_helper
 
 from app import repository
 from app.device import OPTIONS, PROVIDERS, Device, check_present
@@ -26,6 +28,7 @@ from app.engine import Engine
 from app.errors import DeviceUnavailable
 from app.masks import UNITS_A_BLOCK, MaskStream
 from benchmarks import network, timing
+from export import half_precision
 from export.bundle import ROWS as ROWS_INPUT
 
 WIDTHS = (256, 1024)
@@ -118,6 +121,10 @@ def alternatives(
         "masks sent as bits, unpacked on the device": unpacked(device, masks),
         "masks drawn by the device": drawn(device, masks),
     }
+    half = ir.to_proto(half_precision.build(ir.from_proto(load_from_string(bundle.stochastic))))
+    works["passes in float16, bound to the device"] = bound(
+        session(half.SerializeToString(), device), device, feed
+    )
     if device == "cuda":
         works["passes, a CUDA graph"] = bound(
             session(bundle.stochastic, device, enable_cuda_graph="1"), device, feed

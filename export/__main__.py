@@ -57,7 +57,7 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
         files[bundle.STOCHASTIC],
         x,
         answers,
-        verify.HALF_TOLERANCE if half else verify.TOLERANCE,
+        half=half,
     )
     print(verify.describe(measured, sites))
 

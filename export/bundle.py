@@ -86,7 +86,7 @@ class Verification(Record):
     """What was measured before the bundle was published.
 
     Errors are the largest difference over the tested rows, relative to the largest value of the
-    same output.
+    same output; in a bundle of float16, to the largest distance from the mean of that output.
     """
 
     predict_error: float = Field(description="predict.onnx against eval mode.")

@@ -19,7 +19,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_way_runs_and_what_must_agree_does() -> None:
     # It compares the masks that were unpacked by the graph with those of the host itself.
     found = gpu.measure("cpu", widths=(32,), rows=(1, 3))
-    assert [row["rows"] for row in found] == [1] * 8 + [3] * 8
+    assert [row["rows"] for row in found] == [1] * 9 + [3] * 9
     assert {row["off from the CPU"] for row in found} == {0.0}
     shares = [row["share of the product rate"] for row in found]
     assert all(isinstance(share, float) and share > 0 for share in shares[2:5])
@@ -44,10 +44,11 @@ def test_answers_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         gpu.measure("cpu", widths=(32,), rows=(1,))
 
 
-@pytest.mark.skipif(device.load_fault(device.DRIVER) is None, reason="there is a GPU")
 def test_without_a_gpu_it_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # The state of a machine without a driver, wherever this runs.
+    monkeypatch.setattr(device, "DRIVER", "libcuda-that-is-not-there.so.1")
     monkeypatch.setattr("sys.argv", ["gpu"])
     gpu.main()
     (line,) = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app.service import Query, Service, load_engines
 from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
 from export.__main__ import export
-from export.reference import TorchReference
+from export.reference import TorchReference, VerificationError
 from export.sites import ExportError, sites_of
 from model import datasets
 from model.networks import Model, NetworkConfig, NetworkName
@@ -39,7 +39,7 @@ def measured(model: Model, x: NDArray[np.float32] = X) -> bundle.Verification:
     with torch.no_grad():
         answers = model(torch.from_numpy(x)).numpy()
     reference, sites = TorchReference(model), sites_of(traced)
-    return verify.verify(reference, sites, predict, stochastic, x, answers, verify.HALF_TOLERANCE)
+    return verify.verify(reference, sites, predict, stochastic, x, answers, half=True)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "residual"])
@@ -60,8 +60,12 @@ def test_an_answer_around_2000_is_not_rounded_to_whole_units() -> None:
     *_, last = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     with torch.no_grad():
         last.bias.fill_(2000)
-    # Of float16, half a unit would be 2.5e-4.
-    assert measured(model).predict_error < 1e-6
+        answers = model(torch.from_numpy(X)).numpy()
+    error = measured(model).predict_error
+    # As everywhere; of the answers themselves, half a unit of float16 there would be 2.5e-4.
+    assert error < 2**-8
+    spread = np.abs(answers - answers.mean(axis=0)).max()
+    assert error * spread / 2000 < 1e-6
 
 
 def test_a_node_that_names_its_own_type_is_refused() -> None:
@@ -105,3 +109,40 @@ def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_co
     one, other = half.uncertainty(query), single.uncertainty(query)
     assert one["labels"] == other["labels"]
     np.testing.assert_allclose(np.asarray(one["mean"]), np.asarray(other["mean"]), atol=1e-2)
+
+
+def test_the_error_is_that_of_what_each_node_rounds_not_of_the_weights_alone() -> None:
+    """The CPU provider of onnxruntime computes in float32, and would show the weights' alone."""
+    model, x = network("mlp"), X[:100]
+    traced = trace.trace(model, torch.from_numpy(x[:2]))
+    graph = ir.to_proto(half_precision.build(predict_graph.build(traced)[0])).SerializeToString()
+    with torch.no_grad():
+        answers = model(torch.from_numpy(x)).numpy()
+    feed = {trace.INPUT: x}
+    by_node = verify.HalfGraph("predict.onnx", graph, answers.mean(axis=0)).run(feed)
+    as_float32 = verify.Graph("predict.onnx", graph).run(feed)
+    spread = np.abs(answers - answers.mean(axis=0)).max()
+    assert np.abs(by_node - answers).max() < 2**-8 * spread
+    # Layers of 32 units round to 2^-11 of their outputs.
+    assert np.abs(by_node - as_float32).max() > 2**-14 * spread
+
+
+def test_what_all_answers_have_in_common_does_not_excuse_an_error() -> None:
+    """Two units off are a thousandth of 2000, and far more than these answers differ by."""
+    model = network("mlp")
+    *_, last = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    with torch.no_grad():
+        last.bias.fill_(2000)
+        answers = model(torch.from_numpy(X)).numpy()
+    traced = trace.trace(model, torch.from_numpy(X[:2]))
+    predict = half_precision.build(predict_graph.build(traced)[0])
+    stochastic = half_precision.build(stochastic_graph.build(traced))
+    (bias,) = (
+        value for value in predict.graph.initializers.values() if "output.bias" in str(value.name)
+    )
+    bias.const_value = ir.tensor(np.full(10, 2002, np.float32), name=bias.name)
+    files = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
+    with pytest.raises(VerificationError, match=r"^predict\.onnx is off from eval mode by"):
+        verify.verify(
+            TorchReference(model), sites_of(traced), files[0], files[1], X, answers, half=True
+        )
