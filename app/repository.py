@@ -1,10 +1,18 @@
-"""Find the bundles in the models folder and read them, every file checked against its SHA-256."""
+"""Find the bundles in the models folder and read them.
+
+Every file is checked against its SHA-256, and nothing outside the models folder is read: no link
+leads out, and no graph (``graph_check``).
+"""
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
+
+from app import graph_check
 from app.errors import StartError
 from export import bundle
 
@@ -18,6 +26,7 @@ class Bundle:
     manifest: bundle.Manifest
     predict: bytes
     stochastic: bytes
+    examples: list[object]  # rows of input
 
 
 def places(models: Path) -> Iterator[Path]:
@@ -59,8 +68,38 @@ def read(place: Path) -> Bundle:
     Raises
     ------
     BundleError
-        If it is damaged, changed or of a newer schema.
+        If it is damaged, changed or of a newer schema, or reaches outside itself.
     """
-    manifest = bundle.read(place)
-    predict, stochastic, _ = (bundle.read_file(place, manifest, file) for file in bundle.FILES)
-    return Bundle(manifest, predict, stochastic)
+    manifest = read_manifest(place)
+    predict, stochastic, text = (bundle.read_file(place, manifest, file) for file in bundle.FILES)
+    graph_check.check(bundle.PREDICT, predict)
+    graph_check.check(bundle.STOCHASTIC, stochastic)
+    try:
+        examples = [example["input"] for example in orjson.loads(text)]
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        raise bundle.BundleError(f"{bundle.EXAMPLES} is no list of inputs") from None
+    if not examples:
+        raise bundle.BundleError(f"{bundle.EXAMPLES} is empty")
+    return Bundle(manifest, predict, stochastic, examples)
+
+
+def read_manifest(place: Path) -> bundle.Manifest:
+    """Read the manifest of the bundle at ``place``.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged, of a newer schema, or outside the models folder.
+    """
+    check_inside(place)
+    return bundle.read(place)
+
+
+def check_inside(place: Path) -> None:
+    """Raise BundleError if links lead from ``models/NAME/VERSION`` out of the models folder.
+
+    Where the models folder itself lies does not matter: orchestrators mount it by links.
+    """
+    models = os.path.realpath(place.parent.parent)
+    if not Path(os.path.realpath(place)).is_relative_to(models):
+        raise bundle.BundleError("its directory is a link that leads out of the models folder")

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,6 +31,10 @@ EXAMPLES = "examples.json"
 # The input of stochastic.onnx that says which row each pass belongs to.
 ROWS = "rows"
 FILES = (PREDICT, STOCHASTIC, EXAMPLES)
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+# protobuf, so ONNX, reads no more.
+MAX_FILE_BYTES = 2**31 - 1
 
 NAME_RULE = "letters, digits, '_', '-' and '.', at most 64, the first a letter or digit"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -236,11 +241,7 @@ def read(place: Path) -> Manifest:
     BundleError
         If it is missing, damaged, of a newer schema, or of another name or version.
     """
-    path = place / MANIFEST
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"no readable {MANIFEST}: {error.strerror or error}") from None
+    text = read_regular(place / MANIFEST, MAX_MANIFEST_BYTES)
     try:
         document = json.loads(text)
         schema = document["schema_version"]
@@ -273,14 +274,7 @@ def read_file(place: Path, manifest: Manifest, file: str) -> bytes:
     BundleError
         If it cannot be read or has changed.
     """
-    path = place / file
-    # A link could lead out of the bundle.
-    if os.path.islink(path):
-        raise BundleError(f"{file} is a link, not a file")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
+    content = read_regular(place / file, MAX_FILE_BYTES)
     measured = hashlib.sha256(content).hexdigest()
     if measured != manifest.files[file]:
         raise BundleError(
@@ -288,3 +282,26 @@ def read_file(place: Path, manifest: Manifest, file: str) -> bytes:
             f"the manifest says {manifest.files[file][:12]}..."
         )
     return content
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises
+    ------
+    BundleError
+        If it is none, or cannot be read.
+    """
+    try:
+        # Asked before it is opened: a link could lead out of the bundle, and to open a named pipe
+        # is to wait for whoever writes to it.
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            raise BundleError(f"{path.name} is a link, not a file")
+        if not stat.S_ISREG(found.st_mode):
+            raise BundleError(f"{path.name} is not a regular file")
+        if found.st_size > limit:
+            raise BundleError(f"{path.name} is larger than {limit} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path.name} cannot be read: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -152,13 +153,47 @@ def test_a_file_with_one_bit_changed_is_refused(byte: int, bit: int, file: str) 
             bundle.read_file(place, read, file)
 
 
-def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+def read_all(place: Path) -> None:
+    """Read a bundle as the service does."""
+    read = bundle.read(place)
+    for file in bundle.FILES:
+        bundle.read_file(place, read, file)
+
+
+every_file = pytest.mark.parametrize("file", [bundle.MANIFEST, *bundle.FILES])
+
+
+@every_file
+def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path, file: str) -> None:
     place = publish(tmp_path)
     outside = tmp_path / "outside"
-    (place / bundle.PREDICT).rename(outside)
-    (place / bundle.PREDICT).symlink_to(outside)
-    with pytest.raises(BundleError, match=r"^predict.onnx is a link, not a file$"):
-        bundle.read_file(place, bundle.read(place), bundle.PREDICT)
+    (place / file).rename(outside)
+    (place / file).symlink_to(outside)
+    with pytest.raises(BundleError, match=rf"^{file} is a link, not a file$"):
+        read_all(place)
+
+
+@every_file
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, file: str) -> None:
+    place = publish(tmp_path)
+    (place / file).unlink()
+    # A named pipe: whoever opens it waits for somebody to write to it.
+    os.mkfifo(place / file)
+    with pytest.raises(BundleError, match=rf"^{file} is not a regular file$"):
+        read_all(place)
+    (place / file).unlink()
+    (place / file).mkdir()
+    with pytest.raises(BundleError, match=rf"^{file} is not a regular file$"):
+        read_all(place)
+
+
+@every_file
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, file: str) -> None:
+    place = publish(tmp_path)
+    limit = bundle.MAX_MANIFEST_BYTES if file == bundle.MANIFEST else bundle.MAX_FILE_BYTES
+    os.truncate(place / file, limit + 1)
+    with pytest.raises(BundleError, match=rf"^{file} is larger than {limit} bytes$"):
+        read_all(place)
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
@@ -176,12 +211,20 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
             r"^manifest.json is of schema 2; this version of dropserve reads 1",
         ),
         ({"name": "other"}, r"^manifest.json is of other version 1, which is not its place$"),
+        ({"name": "../coins"}, r"^manifest.json: name: String should match pattern"),
+        ({"name": "a/b"}, r"^manifest.json: name: String should match pattern"),
+        ({"name": "coins\n"}, r"^manifest.json: name: String should match pattern"),
+        ({"version": "../1"}, r"^manifest.json: version: Input should be a valid integer"),
         ({"version": 7}, r"^manifest.json is of coins version 7, which is not its place$"),
         ({"task": "poetry"}, r"^manifest.json: task: Input should be 'classification' or"),
         ({"task": "regression"}, r"noise_std must hold 2 values for a regression$"),
         ({"noise_std": [1.0]}, r"noise_std must hold 0 values for a classification$"),
         ({"surprise": 1}, r"^manifest.json: surprise: Extra inputs are not permitted$"),
         ({"files": {"../x": "0"}}, r"^manifest.json: files must be predict.onnx, stochastic.onnx"),
+        (
+            {"files": dict.fromkeys([*bundle.FILES, "../x"], "0")},
+            r"^manifest.json: files must be predict.onnx, stochastic.onnx",
+        ),
     ],
 )
 def test_a_manifest_that_says_something_else_is_refused(
