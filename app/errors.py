@@ -1,7 +1,6 @@
 """What can go wrong, as exceptions whose message is for a person.
 
-``api.problems`` turns the first two into HTTP answers, ``__main__`` the others into an exit
-status.
+``api.problems`` turns them into HTTP answers, ``__main__`` a ``StartError`` into an exit status.
 """
 
 
@@ -26,9 +25,41 @@ class UnknownModel(Exception):
     """A model or version that is not served."""
 
 
+class LoadError(Exception):
+    """A change of the models that are served, refused or made in part."""
+
+
+class Overloaded(Exception):
+    """More work than the queue may hold.
+
+    Parameters
+    ----------
+    message
+        What is full.
+    seconds
+        After which a client may try again.
+    """
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class DeadlineExceeded(Exception):
+    """A request whose time was up before its work was done."""
+
+
 class StartError(Exception):
     """The service cannot start as it was told to."""
 
 
 class DeviceUnavailable(StartError):
     """A device whose onnxruntime provider does not load."""
+
+
+class Unauthorized(Exception):
+    """A request without an API key that is known; the message never holds the key."""
+
+
+class Forbidden(Exception):
+    """A request whose API key is not for what it asks for."""
