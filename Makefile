@@ -21,7 +21,7 @@ setup: .venv/$(RUNTIME)
 
 .venv/%: pyproject.toml constraints.txt
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,train,dev]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,otel,train,dev]'
 	touch $@
 
 test: setup

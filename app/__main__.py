@@ -1,30 +1,34 @@
 """``python -m app``: serve a folder of bundles."""
 
-import contextlib
 import logging
+import resource
+import signal
 import socket
 import sys
-from collections.abc import Callable
 from functools import partial
 
-import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
-from uvicorn.supervisors import Multiprocess
 
+from app import key_command, logs
 from app.errors import StartError
-from app.service import load_engines
+from app.models import load_engines
 from app.settings import Settings
-from app.worker import build, build_worker, configure_log
+from app.supervisor import Keep, supervise
+from app.worker import Reload, Worker, fold, kept, read_keys, serve_as_worker
 
 # Connections that wait to be taken; more than a burst of clients opens at once.
 BACKLOG = 2048
+# What workers get to end in, beyond the time to drain, before they are killed.
+MARGIN_SECONDS = 5
 
 log = logging.getLogger("app")
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
+    if sys.argv[1:2] == ["key"]:
+        return key_command.command(sys.argv[2:])
     try:
         settings = CliApp.run(Settings)
     except SettingsError as error:
@@ -37,10 +41,19 @@ def main() -> int:
         said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
         print(f"python -m app: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
         return 2
-    configure_log(logging.INFO)
+    logs.configure(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until there is something to drain.
+        signal.signal(number, lambda *_: sys.exit(0))
+    # What that asks to be read again is being read.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A connection is an open file, and what a shell allows may be few.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     workers, threads = settings.sized()
     try:
         # With several workers this is only to find what is wrong once, before they start.
+        read_keys(settings)
         engines = load_engines(settings.models, settings.device, threads)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,35 +63,21 @@ def main() -> int:
     except OSError as error:
         print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
         return 1
-    if workers == 1:
-        app: Callable[..., object] = build(settings, engines)
-    else:
-        del engines
-        app = partial(build_worker, settings, threads)
-    config = uvicorn.Config(
-        app,
-        factory=workers > 1,
-        workers=workers,
-        # It is one, though its __call__ is no coroutine function.
-        interface="asgi3",
-        # Nothing here asks who the client is.
-        proxy_headers=False,
-        # It would gather what to log of each request even where nothing is logged.
-        access_log=False,
-        server_header=False,
-        ws="none",
-        log_config=None,
-        log_level="warning",
-    )
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("listening on http://%s:%d", host, listener.getsockname()[1])
-    if workers > 1:
-        Multiprocess(config, [listener]).run()
+    many = "1 worker" if workers == 1 else f"{workers} workers"
+    log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
+    if workers == 1:
+        Worker(settings, engines).serve(listener)
         return 0
-    # Once it has answered what was under way, uvicorn raises Ctrl-C again.
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run([listener])
-    return 0
+    del engines
+    return supervise(
+        partial(serve_as_worker, settings, threads, listener),
+        workers,
+        closing=listener.close,
+        on_hangup=Reload(),
+        keep=Keep(kept, fold),
+        stop_seconds=settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

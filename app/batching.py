@@ -9,11 +9,14 @@ health probes first of all.
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from app.call import Call
+from app.errors import DeadlineExceeded
+from app.turns import Turns
 
 # What other requests may have to wait for a run on the loop.
 ON_LOOP_SECONDS = 0.002
@@ -67,11 +70,21 @@ def seconds(run: Callable[[Sequence[int]], object], sizes: Sequence[int]) -> flo
 
 
 class Waiting(NamedTuple):
-    """A job, and the future that gets its result."""
+    """A job, whose it is, since when it waits, and the future that gets its result."""
 
     job: Any
     size: int
+    call: Call
+    since: float
     result: "asyncio.Future[Any]"
+
+
+class Timed(NamedTuple, Generic[Result]):
+    """The outcomes of a run, and when it began and ended."""
+
+    began: float
+    ended: float
+    outcomes: Sequence[Result | Exception]
 
 
 class Batcher(Generic[Job, Result]):
@@ -85,8 +98,10 @@ class Batcher(Generic[Job, Result]):
         How long runs take.
     most
         Largest size of a run; a single job may be no larger.
-    worker
+    turns
         Where long runs are made.
+    pieces
+        Whether the jobs are pieces of long work, whose runs are all made there.
     """
 
     def __init__(
@@ -94,21 +109,34 @@ class Batcher(Generic[Job, Result]):
         run: Callable[[Sequence[Job]], Sequence[Result | Exception]],
         pace: Pace,
         most: int,
-        worker: Executor,
+        turns: Turns,
+        *,
+        pieces: bool = False,
     ) -> None:
         self.run = run
         self.pace = pace
         self.most = most
-        self.worker = worker
+        self.turns = turns
+        self.pieces = pieces
         self.waiting: deque[Waiting] = deque()
         self.running = False
         # Whether jobs came together when last looked at, and how many were run at once since.
         self.crowded = True
         self.at_once = 0
+        # How many runs were of which size.
+        self.sizes: Counter[int] = Counter()
 
-    async def submit(self, job: Job, size: int) -> Result:
-        """Return the result of a job; cancelled before its run begins, it is left out of it."""
+    async def submit(self, job: Job, size: int, call: Call) -> Result:
+        """Return the result of a job; cancelled before its run begins, it is left out of it.
+
+        Raises
+        ------
+        DeadlineExceeded
+            If its time is up before its run begins.
+        """
         loop = asyncio.get_running_loop()
+        now = time.monotonic()
+        call.check_time(now)
         if not self.running:
             self.running = True
             if self.crowded:
@@ -116,16 +144,21 @@ class Batcher(Generic[Job, Result]):
                 loop.call_soon(loop.call_soon, self.start)
             else:
                 loop.call_soon(self.start)
-                if self.pace.seconds(size, 1) <= ON_LOOP_SECONDS:
+                if self.on_loop(size, 1):
                     self.at_once = 1
-                    (outcome,) = self.outcomes([job])
+                    (outcome,) = self.outcomes([job], size)
+                    call.ran += time.monotonic() - now
                     if isinstance(outcome, Exception):
                         raise outcome
                     return outcome
-        waiting = Waiting(job, size, loop.create_future())
+        waiting = Waiting(job, size, call, now, loop.create_future())
         self.waiting.append(waiting)
         result: Result = await waiting.result
         return result
+
+    def on_loop(self, size: int, jobs: int) -> bool:
+        """Tell whether a run is made on the event loop."""
+        return not self.pieces and self.pace.seconds(size, jobs) <= ON_LOOP_SECONDS
 
     def start(self) -> None:
         """Make the next run of what is waiting."""
@@ -137,34 +170,49 @@ class Batcher(Generic[Job, Result]):
             return
         jobs = [waiting.job for waiting in batch]
         size = sum(waiting.size for waiting in batch)
-        if self.pace.seconds(size, len(batch)) <= ON_LOOP_SECONDS:
-            self.finish(batch, self.outcomes(jobs))
+        if self.on_loop(size, len(batch)):
+            self.finish(batch, self.timed(jobs, size))
         else:
-            loop = asyncio.get_running_loop()
-            run = loop.run_in_executor(self.worker, self.outcomes, jobs)
+            run = self.turns.submit(lambda: self.timed(jobs, size), long=self.pieces)
             run.add_done_callback(lambda done: self.finish(batch, done.result()))
 
     def take(self) -> list[Waiting]:
         """Take as many jobs as one run may hold, in the order they came."""
         batch: list[Waiting] = []
         size = 0
+        now = time.monotonic()
         while self.waiting and (not batch or size + self.waiting[0].size <= self.most):
             waiting = self.waiting.popleft()
-            if not waiting.result.cancelled():
-                batch.append(waiting)
-                size += waiting.size
+            if waiting.result.cancelled():
+                continue
+            try:
+                waiting.call.check_time(now)
+            except DeadlineExceeded as error:
+                waiting.result.set_exception(error)
+                continue
+            batch.append(waiting)
+            size += waiting.size
         return batch
 
-    def outcomes(self, jobs: Sequence[Job]) -> Sequence[Result | Exception]:
+    def timed(self, jobs: Sequence[Job], size: int) -> Timed[Result]:
+        """Run jobs; say when the run began, and when it ended."""
+        began = time.monotonic()
+        outcomes = self.outcomes(jobs, size)
+        return Timed(began, time.monotonic(), outcomes)
+
+    def outcomes(self, jobs: Sequence[Job], size: int) -> Sequence[Result | Exception]:
         """Run jobs; what makes the run itself fail is the outcome of each of them."""
+        self.sizes[size] += 1
         try:
             return self.run(jobs)
         except Exception as error:
             return [error] * len(jobs)
 
-    def finish(self, batch: Sequence[Waiting], outcomes: Sequence[Result | Exception]) -> None:
+    def finish(self, batch: Sequence[Waiting], run: Timed[Result]) -> None:
         """Hand out the results of a run, and go on with the next."""
-        for waiting, outcome in zip(batch, outcomes, strict=True):
+        for waiting, outcome in zip(batch, run.outcomes, strict=True):
+            waiting.call.queued += run.began - waiting.since
+            waiting.call.ran += run.ended - run.began
             if waiting.result.cancelled():
                 continue
             if isinstance(outcome, Exception):

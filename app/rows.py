@@ -2,6 +2,7 @@
 
 import math
 import struct
+from collections.abc import Sized
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from app.errors import InputError
 
 LARGEST = float(np.finfo(np.float32).max)
+# What is not smaller than this, half a last place above, would be rounded to infinity.
+BEYOND = LARGEST + 2.0**103
 NUMBERS = {int, float}
 LISTS = {list}
 
@@ -30,9 +33,9 @@ def rows_from_lists(
     return read_rows(inputs, shape)
 
 
-def check_count(inputs: list[object], max_rows: int) -> None:
+def check_count(inputs: Sized, max_rows: int) -> None:
     """Raise InputError if there are no rows or more than ``max_rows``."""
-    if not inputs:
+    if len(inputs) == 0:
         raise InputError("inputs", "at least one row is needed")
     if len(inputs) > max_rows:
         raise InputError("inputs", f"at most {max_rows} rows are allowed, not {len(inputs)}")
@@ -53,16 +56,21 @@ def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.flo
         if not LISTS.issuperset(map(type, values)) or {length} != set(map(len, values)):
             return None
         values = list(chain.from_iterable(values))
+    flat = packed(values)
+    return None if flat is None else flat.reshape(len(inputs), *shape)
+
+
+def packed(values: list[Any]) -> NDArray[np.float32] | None:
+    """Return a flat list's numbers, or None where one is no number of float32."""
     kinds = list(map(type, values))
     # Mostly there is no other, and then to count is faster.
     if kinds.count(float) < len(kinds) and not NUMBERS.issuperset(kinds):
         return None
     try:
         # Unlike native packing, and numpy's, this does not make infinity of what is too large.
-        packed = struct.pack(f"<{len(values)}f", *values)
+        return np.frombuffer(struct.pack(f"<{len(values)}f", *values), "<f4")
     except (OverflowError, struct.error):  # of a float, of a whole number
         return None
-    return np.frombuffer(packed, "<f4").reshape(len(inputs), *shape)
 
 
 def rows_one_by_one(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -119,7 +127,7 @@ def check_numbers(value: object, depth: int, path: str) -> None:
             check_numbers(inner, depth - 1, f"{path}.{number}")
     elif not isinstance(value, int | float) or isinstance(value, bool):
         raise InputError(path, f"must be a number, not {kind(value)}")
-    elif not abs(value) <= LARGEST:  # NaN, too
+    elif not abs(value) < BEYOND:  # NaN, too
         raise InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
 
 

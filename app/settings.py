@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.api.gate import MAX_TIMEOUT_MS
 from app.cpus import available
+from app.service import QUEUE_ROWS
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
@@ -43,6 +45,46 @@ class Settings(BaseSettings):
     max_rows: int = Field(4096, ge=1, description="most rows of a request")
     max_passes: int = Field(10_000, ge=1, description="most passes of a row")
     max_row_passes: int = Field(1_000_000, ge=1, description="most rows x passes of a request")
+    max_head_bytes: int = Field(32 * 2**10, ge=1024, description="longest head of a request")
+    max_connections: int = Field(1024, ge=1, description="most open connections of a worker")
+    queue_rows: int = Field(
+        QUEUE_ROWS, ge=1, description="most rows x passes of all requests of a worker"
+    )
+    timeout_ms: int = Field(
+        30_000,
+        ge=1,
+        le=MAX_TIMEOUT_MS,
+        description="how long an answer may take where X-Request-Timeout-Ms does not say",
+    )
+    receive_seconds: float = Field(
+        20, gt=0, allow_inf_nan=False, description="how long a request may take to arrive"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="keys that may ask (python -m app key new makes them)"
+    )
+    open: bool = Field(False, description="listen on other than a loopback address without keys")
+    cors_origins: str = Field(
+        "", description="origins whose pages may ask, separated by commas; *: all"
+    )
+    drain_delay_seconds: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how long requests are still taken once the service is told to end",
+    )
+    drain_seconds: float = Field(
+        25, ge=0, allow_inf_nan=False, description="how long it then finishes what it has taken"
+    )
+
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def none_if_empty(cls, value: object) -> object:
+        """Take an empty variable as none, as compose files write it."""
+        return None if value == "" else value
+
+    def origins(self) -> tuple[str, ...]:
+        """Return the origins whose pages may ask."""
+        return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
 
     def sized(self) -> tuple[int, int]:
         """Return workers and threads as numbers, ``auto`` by the CPUs this process may use."""

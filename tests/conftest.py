@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
+PATIENCE = 30  # seconds
 # The models that the tests serve: the data and options they are trained with.
 TRAINED = {
     "digits": ["--data", "digits"],
@@ -93,9 +95,10 @@ def service(models: Path, **environment: str) -> Iterator[httpx.Client]:
                 yield client
         finally:
             process.terminate()
-            process.wait(timeout=START_SECONDS)
+            status = process.wait(timeout=START_SECONDS)
             log.seek(0)
             print(log.read())
+        assert status == 0
 
 
 def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
@@ -109,12 +112,40 @@ def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
     raise AssertionError(f"the service did not start: {os.pread(log, 1 << 20, 0).decode()}")
 
 
+def events(log: str) -> list[dict[str, Any]]:
+    """Read the service's log, every line of which is a JSON object."""
+    return [json.loads(line) for line in log.splitlines() if line]
+
+
 def memory(client: httpx.Client, field: str) -> int:
     """Return resident memory of the service in bytes: now (VmRSS) or the most ever (VmHWM)."""
     status = Path(f"/proc/{client.headers['x-test-pid']}/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found
     return int(found[1]) * 1024
+
+
+def children(pid: int) -> set[int]:
+    """Return the worker processes of a service."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(parent) == pid and b"spawn_main" in command:
+                found.add(int(entry.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

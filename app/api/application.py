@@ -1,46 +1,39 @@
-"""Build the ASGI application: endpoints, health routes, OpenAPI and its page."""
+"""Build the ASGI application: endpoints, everything else by FastAPI, and the way in for all."""
 
-import inspect
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Response
-from fastapi.openapi.utils import get_openapi
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api import problems
-from app.api.endpoint import Endpoint
-from app.api.schemas import (
-    Alive,
-    ClassDebug,
-    ClassPrediction,
-    ClassUncertainty,
-    PredictRequest,
-    Problem,
-    Ready,
-    UncertaintyRequest,
-    ValueDebug,
-    ValuePrediction,
-    ValueUncertainty,
-)
+from app.api import body, inference, management, openapi, problems
+from app.api.endpoint import CLIENT_LEFT, Endpoint, Reply
+from app.api.gate import Gate, Headers
+from app.api.schemas import Alive, Live, PredictRequest, Readiness, Ready, UncertaintyRequest
+from app.errors import Overloaded
+from app.group import Group
+from app.keys import Scope as KeyScope
 from app.service import Answer, Query, Service, Steps
 
-REFERENCE = "#/components/schemas/{model}"
-PROBLEMS = (400, 404, 413, 415, 422, 500)
-# What the endpoints answer, by path.
-ANSWERS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
-    "/predict": (ClassPrediction, ValuePrediction),
-    "/uncertainty": (ClassUncertainty, ValueUncertainty),
-    "/debug/mc": (ClassDebug, ValueDebug),
-}
+HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+INFER = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
+# What is counted for a path that nothing is at.
+UNKNOWN = "other"
+# Headers that a page of an allowed origin may send, and read.
+MAY_SEND = (
+    *("authorization", "content-type", "inference-header-content-length", "traceparent"),
+    *("x-api-key", "x-request-id", "x-request-timeout-ms"),
+)
+MAY_READ = ("inference-header-content-length", "retry-after", "x-request-id")
 
 
 class Application:
@@ -50,25 +43,114 @@ class Application:
     ----------
     endpoints
         By path; each takes POST.
+    infer
+        The Open Inference Protocol's, whose path names a model.
     rest
         Knows the endpoints too, so that it refuses other methods.
+    gate
+        Lets requests of the rest in, and takes note of them.
+    origins
+        Whose pages may ask.
     """
 
-    def __init__(self, endpoints: Mapping[str, Endpoint[Any]], rest: FastAPI) -> None:
+    def __init__(
+        self,
+        endpoints: Mapping[str, Endpoint[Any]],
+        infer: Endpoint[Any],
+        rest: FastAPI,
+        gate: Gate,
+        origins: tuple[str, ...],
+    ) -> None:
         self.endpoints = endpoints
+        self.infer = infer
         self.rest = rest
+        self.gate = gate
         self.openapi = rest.openapi
+        self.draining = False
+        self.answer: ASGIApp = self.route
+        if origins:
+            self.answer = CORSMiddleware(
+                self.route,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=MAY_SEND,
+                expose_headers=MAY_READ,
+            )
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer a request, or take part in starting and stopping."""
-        if scope["type"] == "http" and scope["method"] == "POST":
+        return self.answer(scope, receive, send)
+
+    def route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Find who answers a request."""
+        if scope["type"] != "http":
+            return self.rest(scope, receive, send)
+        if scope["method"] == "POST":
             endpoint = self.endpoints.get(scope["path"])
             if endpoint is not None:
                 return endpoint(scope, receive, send)
-        return self.rest(scope, receive, send)
+            if inference.PATH.fullmatch(scope["path"]):
+                return self.infer(scope, receive, send)
+        return self.other(scope, receive, send)
+
+    async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is for no endpoint."""
+        scope[problems.CALL] = call = self.gate.enter(
+            scope["method"], UNKNOWN, dict(scope["headers"])
+        )
+        status = CLIENT_LEFT
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[problems.REQUEST_ID] = call.id
+            await send(message)
+
+        try:
+            await self.rest(scope, receive, send_named)
+        finally:
+            call.route = getattr(scope.get("route"), "path", UNKNOWN)
+            self.gate.leave(call, status)
+
+    async def crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request of a connection that is one too many: only how the service is."""
+        if scope["path"] in HEALTH:
+            await self(scope, receive, send)
+            return
+        scope[problems.CALL] = call = self.gate.enter(
+            scope["method"], UNKNOWN, dict(scope["headers"])
+        )
+        response = problems.respond(scope, Overloaded("too many connections are open", 1))
+        call.rejected = "connections"
+        response.headers[problems.REQUEST_ID] = call.id
+        await response(scope, receive, send)
+        self.gate.leave(call, response.status_code)
+
+    def refused(self, status: int) -> str:
+        """Take note of a request that was refused for its form; return the id it is given."""
+        call = self.gate.enter("", UNKNOWN, {})
+        call.rejected = "head"
+        self.gate.leave(call, status)
+        return call.id
+
+    def drain(self) -> None:
+        """Say from now on that no requests should be sent here."""
+        self.draining = True
 
 
-def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application:
+def create(
+    service: Service,
+    *,
+    debug: bool,
+    max_body_bytes: int,
+    gate: Gate,
+    group: Group,
+    exposition: Callable[[], Awaitable[bytes]],
+    begin: Callable[[], None],
+    end: Callable[[], None],
+    origins: tuple[str, ...] = (),
+) -> Application:
     """Return the application that answers with ``service``.
 
     Parameters
@@ -79,24 +161,50 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application
         Whether ``POST /debug/mc`` answers.
     max_body_bytes
         Longest request body.
+    gate
+        Lets requests in.
+    group
+        Has all workers change what is served.
+    exposition
+        Writes the metrics of all workers.
+    begin, end
+        Called on the event loop before the first request, and after the last.
+    origins
+        Whose pages may ask, ``*``: everybody's.
     """
 
-    def predict(r: PredictRequest) -> Steps:
+    def predict(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
         """Predict rows in eval mode."""
+        r = body.parse(headers, content, PredictRequest)
         return service.predict_steps(r.inputs, r.model, r.version)
 
-    def uncertainty(r: UncertaintyRequest) -> Steps:
+    def uncertainty(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
         """Run train-mode passes of rows and answer with their statistics."""
-        return service.uncertainty_steps(query(r))
+        return service.uncertainty_steps(query(body.parse(headers, content, UncertaintyRequest)))
 
-    def debug_mc(r: UncertaintyRequest) -> Steps:
+    def debug_mc(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
         """Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1."""
-        return service.debug_steps(query(r))
+        return service.debug_steps(query(body.parse(headers, content, UncertaintyRequest)))
+
+    def infer(
+        scope: Scope, headers: Headers, content: bytes | bytearray
+    ) -> Steps[inference.Written]:
+        """Answer the Open Inference Protocol."""
+        return inference.infer(service, scope, headers, content)
+
+    made = (service, gate, max_body_bytes)
+    endpoints: dict[str, Endpoint[Any]] = {
+        "/predict": Endpoint("/predict", "predict", predict, json_reply, *made),
+        "/uncertainty": Endpoint("/uncertainty", "predict", uncertainty, json_reply, *made),
+        "/debug/mc": Endpoint("/debug/mc", "debug", debug_mc, json_reply, *made),
+    }
+    inferring = Endpoint(INFER[0], "predict", infer, inference.write, *made)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        begin()
         yield
-        service.close()
+        end()
 
     rest = FastAPIOffline(
         docs_url="/docs",
@@ -107,14 +215,20 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application
         redirect_slashes=False,
     )
     problems.register(rest)
-    endpoints: dict[str, Endpoint[Any]] = {
-        "/predict": Endpoint(PredictRequest, predict, service, max_body_bytes),
-        "/uncertainty": Endpoint(UncertaintyRequest, uncertainty, service, max_body_bytes),
-        "/debug/mc": Endpoint(UncertaintyRequest, debug_mc, service, max_body_bytes),
-    }
-    # FastAPI neither parses nor writes the endpoints' bodies, so their documentation is ours.
-    paths = {path: {"post": describe(path, endpoint)} for path, endpoint in endpoints.items()}
-    rest.openapi = lambda: openapi(rest, paths)  # type: ignore[method-assign] # as FastAPI documents
+    rest.openapi = lambda: openapi.document(  # type: ignore[method-assign] # as FastAPI documents
+        rest, service, keys=gate.keys is not None
+    )
+    application = Application(endpoints, inferring, rest, gate, origins)
+
+    def guard(scope: KeyScope | None) -> Any:
+        def check(request: Request) -> None:
+            headers = dict(request.scope["headers"])
+            gate.check(request.scope[problems.CALL], headers, scope)
+
+        return Depends(check)
+
+    def ready_now() -> bool:
+        return not application.draining and bool(service.models.served)
 
     @rest.get("/health/live", response_model=Alive)
     async def live() -> Response:
@@ -124,8 +238,30 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application
     @rest.get("/health/ready", response_model=Ready)
     async def ready() -> Response:
         """Tell that requests are taken, by which models and on which device."""
+        if not ready_now():
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "the service is draining" if application.draining else "no model is served",
+            )
         return json_response({"status": "ready"} | service.state())
 
+    @rest.get("/v2/health/live", response_model=Live)
+    async def protocol_live() -> Response:
+        """Tell that the server answers."""
+        return json_response({"live": True})
+
+    @rest.get("/v2/health/ready", response_model=Readiness)
+    async def protocol_ready() -> Response:
+        """Tell that requests are taken."""
+        return json_response({"ready": ready_now()}, 200 if ready_now() else 503)
+
+    @rest.get("/metrics", dependencies=[guard(None)], response_class=Response)
+    async def metrics() -> Response:
+        """Tell Prometheus how the service does, all its workers together."""
+        return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    rest.include_router(inference.router(service, guard("predict")))
+    rest.include_router(management.router(service.models, group, guard("admin")))
     if not debug:
         del endpoints["/debug/mc"]
 
@@ -136,14 +272,21 @@ def create(service: Service, *, debug: bool, max_body_bytes: int) -> Application
             )
 
     rest.router.routes += [
-        Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()
+        Route(path, endpoint, methods=["POST"])
+        for path, endpoint in (endpoints | dict.fromkeys(INFER, inferring)).items()
     ]
-    return Application(endpoints, rest)
+    return application
 
 
-def json_response(answer: Answer) -> Response:
+def json_response(answer: Answer, status: int = 200) -> Response:
     """Write a small answer."""
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return Response(orjson.dumps(answer), status, media_type="application/json")
+
+
+def json_reply(answer: Answer) -> Reply:
+    """Write an answer that may hold arrays."""
+    content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Reply(content, [(b"content-type", b"application/json")])
 
 
 def query(request: UncertaintyRequest) -> Query:
@@ -156,55 +299,3 @@ def query(request: UncertaintyRequest) -> Query:
         seed=request.seed,
         interval=request.interval,
     )
-
-
-def describe(path: str, endpoint: Endpoint[Any]) -> dict[str, Any]:
-    """Document an endpoint."""
-    problem = {"content": {problems.MEDIA_TYPE: {"schema": reference(Problem)}}}
-    answers = {"anyOf": [reference(answer) for answer in ANSWERS[path]]}
-    name = endpoint.steps.__name__
-    return {
-        "summary": name.replace("_", " ").capitalize(),
-        "description": inspect.getdoc(endpoint.steps),
-        "operationId": name,
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": reference(endpoint.request)}},
-        },
-        "responses": {
-            "200": {
-                "description": HTTPStatus.OK.phrase,
-                "content": {"application/json": {"schema": answers}},
-            },
-            **{
-                str(status): problem | {"description": HTTPStatus(status).phrase}
-                for status in PROBLEMS
-            },
-        },
-    }
-
-
-def reference(model: type[BaseModel]) -> dict[str, str]:
-    """Point to a model's schema."""
-    return {"$ref": REFERENCE.format(model=model.__name__)}
-
-
-def openapi(app: FastAPI, paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the OpenAPI document, with the paths that FastAPI does not know."""
-    if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title,
-            version=app.version,
-            description=app.description,
-            routes=app.routes,
-        )
-        documented: list[type[BaseModel]] = [PredictRequest, UncertaintyRequest, Problem]
-        for answers in ANSWERS.values():
-            documented += answers
-        _, definitions = models_json_schema(
-            [(model, "validation") for model in documented], ref_template=REFERENCE
-        )
-        document["components"]["schemas"] |= definitions["$defs"]
-        document["paths"] = dict(paths) | document["paths"]
-        app.openapi_schema = document
-    return app.openapi_schema

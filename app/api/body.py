@@ -1,6 +1,6 @@
-"""Read a request's body: JSON of bounded length, then a typed request."""
+"""Read a request's body, of bounded length; parse and validate what is JSON."""
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Mapping
 from functools import cache
 from http import HTTPStatus
 from typing import TypeVar
@@ -8,51 +8,67 @@ from typing import TypeVar
 import orjson
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
 from app.api.problems import LONGEST_PATH, BodyError
 from app.errors import InputError
 
 JSON = b"application/json"
+Headers = Mapping[bytes, bytes]
 
 Typed = TypeVar("Typed", bound=BaseModel)
 
 
-async def read(scope: Scope, receive: Receive, model: type[Typed], max_bytes: int) -> Typed:
-    """Read the body and validate it as ``model``.
+async def read(headers: Headers, receive: Receive, max_bytes: int) -> bytes | bytearray:
+    """Read the body.
 
     Raises
     ------
     BodyError
-        415 if it is not said to be JSON, 413 if it is too long, 400 if it is no JSON.
-    InputError, ValidationError
-        If its content is not what ``model`` allows.
+        413 if it is too long, 415 if it is compressed.
     ClientDisconnect
         If it is not sent to its end.
     """
-    headers = dict(scope["headers"])
-    content_type = headers.get(b"content-type", b"")
-    if content_type != JSON:
-        check_media_type(content_type)
+    if (coding := headers.get(b"content-encoding")) is not None and coding != b"identity":
+        raise BodyError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must not be compressed (content-encoding)"
+        )
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long(max_bytes)
     # FastAPI's own ``max_body_size`` would answer in plain text and not name the limit.
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        # As it is: nothing copies a body that has come in one piece.
+        content: bytes = message.get("body", b"")
+        if len(content) > max_bytes:
+            raise too_long(max_bytes)
+        return content
     body = bytearray()
-    more = True
-    while more:
-        message = await receive()
+    while True:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > max_bytes:
             raise too_long(max_bytes)
-        more = message.get("more_body", False)
-    return parse(body, model)
+        if not message.get("more_body", False):
+            return body
+        message = await receive()
 
 
-def parse(body: bytes | bytearray, model: type[Typed]) -> Typed:
-    """Parse and validate a body."""
+def parse(headers: Headers, body: bytes | bytearray, model: type[Typed]) -> Typed:
+    """Parse and validate a body as ``model``.
+
+    Raises
+    ------
+    BodyError
+        415 if it is not said to be JSON, 400 if it is no JSON.
+    InputError, ValidationError
+        If its content is not what ``model`` allows.
+    """
+    content_type = headers.get(b"content-type", b"")
+    if content_type != JSON:
+        check_media_type(content_type)
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -1,74 +1,109 @@
-"""Answer a POST of JSON: body to typed request to answer, as an ASGI application of its own.
+"""Answer a POST: body to steps to answer, as an ASGI application of its own.
 
 FastAPI's own way (middleware, routing, Request and Response objects) costs a request several
 times what all of this does; benchmarks/README.md has the figures.
 """
 
+import asyncio
 from collections.abc import Callable
-from typing import Generic
+from typing import Generic, NamedTuple
 
-import orjson
-from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from app.api import body, problems
-from app.api.body import Typed
+from app.api.gate import Gate, Headers
 from app.api.leaving import Leaving
-from app.service import Service, Steps
+from app.errors import Overloaded
+from app.keys import Scope as KeyScope
+from app.service import Answered, Service, Steps
+
+CLIENT_LEFT = 499  # as nginx logs it
 
 
-class Endpoint(Generic[Typed]):
+class Reply(NamedTuple):
+    """The body of an answer, and its headers."""
+
+    content: bytes
+    headers: list[tuple[bytes, bytes]]
+
+
+class Endpoint(Generic[Answered]):
     """A route that takes one kind of request.
 
     Parameters
     ----------
-    request
-        The model of the body.
+    route
+        What is counted under.
+    key
+        What a key must be good for.
     steps
-        What its answer takes.
+        Makes of a request's scope, headers and body what its answer takes.
+    write
+        Writes the answer.
     service
-        Makes them.
+        Makes the steps.
+    gate
+        Lets requests in.
     max_body_bytes
         Longest body.
     """
 
     def __init__(
         self,
-        request: type[Typed],
-        steps: Callable[[Typed], Steps],
+        route: str,
+        key: KeyScope,
+        steps: Callable[[Scope, Headers, bytes | bytearray], Steps[Answered]],
+        write: Callable[[Answered], Reply],
         service: Service,
+        gate: Gate,
         max_body_bytes: int,
     ) -> None:
-        self.request = request
+        self.route = route
+        self.key = key
         self.steps = steps
+        self.write = write
         self.service = service
+        self.gate = gate
         self.max_body_bytes = max_body_bytes
         self.leaving = Leaving()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        headers = dict(scope["headers"])
+        scope[problems.CALL] = call = self.gate.enter("POST", self.route, headers)
+        status = CLIENT_LEFT
         try:
-            request = await body.read(scope, receive, self.request, self.max_body_bytes)
-            work = self.service.answer(self.steps(request))
-            answer = await self.leaving.watch(receive, work)
+            self.gate.check(call, headers, self.key)
+            self.service.queue.check()
+            content = await body.read(headers, receive, self.max_body_bytes)
+            work = self.service.answer(self.steps(scope, headers, content), call)
+            reply = self.write(await self.leaving.watch(receive, work))
+            status = 200
+            await send_reply(send, reply, call.id)
         except ClientDisconnect:
-            # Nobody is there to be answered, and the log has nothing to learn from it.
+            # Nobody is there to be answered.
             return
-        except Exception as error:
-            response = problems.respond(Request(scope), error)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):
+                # By the server, which has waited long enough to end.
+                error = Overloaded("the service ended before the answer was ready", 1)
+            response = problems.respond(scope, error)
+            status = response.status_code
+            response.headers[problems.REQUEST_ID] = call.id
             await response(scope, receive, send)
-            if response.status_code == problems.UNEXPECTED:
+            if status == problems.UNEXPECTED:
                 raise
-            return
-        await send_json(send, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
+        finally:
+            self.gate.leave(call, status)
 
 
-async def send_json(send: Send, content: bytes) -> None:
-    """Send an answer."""
+async def send_reply(send: Send, reply: Reply, name: str) -> None:
+    """Send the answer to the request of some name."""
     headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
+        *reply.headers,
+        (b"content-length", str(len(reply.content)).encode()),
+        (b"x-request-id", name.encode()),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": reply.content})

@@ -1,21 +1,36 @@
-"""Turn what went wrong into problem documents (RFC 9457); the one place that does."""
+"""Turn what went wrong into answers: problem documents (RFC 9457); the one place that does.
 
-import re
+Under /v2 they are as the Open Inference Protocol has them: ``{"error": ...}``, and 400 where a
+body's content is not allowed.
+"""
+
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from typing import NamedTuple
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from app.errors import InputError, UnknownModel
+from app.call import Call
+from app.errors import (
+    DeadlineExceeded,
+    Forbidden,
+    InputError,
+    LoadError,
+    Overloaded,
+    Unauthorized,
+    UnknownModel,
+)
 
 MEDIA_TYPE = "application/problem+json"
+PROTOCOL = "/v2"
 REQUEST_ID = "x-request-id"
-# A request's own id is repeated only where it can do no harm in a header or a log.
-SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Where a request's ``Call`` stands in its scope.
+CALL = "dropserve.call"
 # A body chooses the names of its fields, and could choose long ones and many.
 MOST_ERRORS = 20
 LONGEST_PATH = 200
@@ -23,7 +38,7 @@ UNEXPECTED = 500
 
 
 class BodyError(Exception):
-    """A body that cannot be taken, whatever it says."""
+    """A request that cannot be taken, whatever its body says."""
 
     def __init__(self, status: HTTPStatus, detail: str) -> None:
         super().__init__(detail)
@@ -31,73 +46,94 @@ class BodyError(Exception):
         self.detail = detail
 
 
-def request_id(request: Request) -> str:
-    """Return the id the client gave its request, or a new one."""
-    given = request.headers.get(REQUEST_ID, "")
-    return given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+class Fault(NamedTuple):
+    """What a client is told of an error, and the reason under which it is counted."""
+
+    status: int
+    detail: str
+    rejected: str = "invalid"
+    errors: Sequence[tuple[str, str]] = ()
+    headers: Mapping[str, str] = {}
 
 
-def problem(
-    request: Request,
-    status: int,
-    detail: str,
-    errors: Sequence[tuple[str, str]] = (),
-    headers: dict[str, str] | None = None,
-) -> Response:
-    """Write a problem document."""
-    name = request_id(request)
-    document: dict[str, object] = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "request_id": name,
-    }
-    if errors:
-        document["errors"] = [{"path": path, "message": message} for path, message in errors]
-    return Response(
-        orjson.dumps(document),
-        status,
-        {REQUEST_ID: name} | (headers or {}),
-        media_type=MEDIA_TYPE,
-    )
-
-
-def invalid(request: Request, errors: Sequence[tuple[str, str]]) -> Response:
-    """Write the problem document of a body whose content is not allowed."""
-    path, message = errors[0]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return problem(request, 422, f"{path}: {message}{more}", errors[:MOST_ERRORS])
-
-
-def respond(request: Request, error: Exception) -> Response:
-    """Write the problem document of an error."""
+def fault(error: Exception) -> Fault:
+    """Say what a client is told of an error."""
     match error:
         case BodyError():
-            return problem(request, error.status, error.detail)
+            too_long = error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            return Fault(error.status, error.detail, "body" if too_long else "invalid")
         case ValidationError():
-            found = [
-                (".".join(map(str, e["loc"]))[:LONGEST_PATH] or "body", e["msg"])
-                for e in error.errors(include_url=False, include_input=False, include_context=False)
-            ]
-            return invalid(request, found)
-        case InputError():
-            return invalid(request, [(error.path, error.message)])
-        case UnknownModel():
-            return problem(request, 404, str(error))
-        case HTTPException():
-            return problem(
-                request, error.status_code, error.detail, headers=dict(error.headers or {})
+            return invalid(
+                [
+                    (".".join(map(str, e["loc"]))[:LONGEST_PATH] or "body", e["msg"])
+                    for e in error.errors(
+                        include_url=False, include_input=False, include_context=False
+                    )
+                ]
             )
+        case InputError():
+            return invalid([(error.path, error.message)])
+        case UnknownModel():
+            return Fault(404, str(error))
+        case LoadError():
+            return Fault(400, str(error))
+        case Overloaded():
+            return Fault(503, str(error), "queue", headers={"retry-after": str(error.seconds)})
+        case DeadlineExceeded():
+            return Fault(504, str(error), "deadline")
+        case Unauthorized():
+            challenge = {"www-authenticate": 'Bearer realm="dropserve"'}
+            return Fault(401, str(error), "unauthorized", headers=challenge)
+        case Forbidden():
+            return Fault(403, str(error), "forbidden")
+        case HTTPException():
+            return Fault(error.status_code, error.detail, headers=error.headers or {})
     # The server's log gets the trace; the client learns the id to ask for.
-    return problem(request, UNEXPECTED, "an error of the service; its log says more")
+    return Fault(UNEXPECTED, "an error of the service; its log says more", "error")
+
+
+def invalid(errors: Sequence[tuple[str, str]]) -> Fault:
+    """Say what is not allowed in a body's content."""
+    path, message = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return Fault(422, f"{path}: {message}{more}", errors=errors[:MOST_ERRORS])
+
+
+def respond(scope: Scope, error: Exception) -> Response:
+    """Write the answer of a request that met an error."""
+    found = fault(error)
+    call: Call | None = scope.get(CALL)
+    if call:
+        call.rejected = found.rejected
+    if scope["path"].startswith(PROTOCOL):
+        status = 400 if found.status == 422 else found.status
+        body = orjson.dumps({"error": found.detail})
+        return Response(body, status, dict(found.headers), "application/json")
+    name = call.id if call else uuid.uuid4().hex
+    return problem(found, name)
+
+
+def problem(found: Fault, name: str) -> Response:
+    """Write a problem document for the request of some name."""
+    document: dict[str, object] = {
+        "type": "about:blank",
+        "title": HTTPStatus(found.status).phrase,
+        "status": found.status,
+        "detail": found.detail,
+        "request_id": name,
+    }
+    if found.errors:
+        document["errors"] = [{"path": path, "message": message} for path, message in found.errors]
+    headers = {**found.headers, REQUEST_ID: name}
+    return Response(orjson.dumps(document), found.status, headers, MEDIA_TYPE)
 
 
 def register(app: FastAPI) -> None:
     """Teach an app to answer with problem documents what no endpoint answers."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return respond(request, error)
+        return respond(request.scope, error)
 
-    app.add_exception_handler(HTTPException, handle)
+    for kind in (HTTPException, UnknownModel, LoadError, Unauthorized, Forbidden, BodyError):
+        app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle)

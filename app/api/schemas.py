@@ -155,6 +155,144 @@ class Ready(Document):
     models: dict[str, list[int]] = Field(description="The versions of each model.")
 
 
+class TensorDescription(Document):
+    """An input or output tensor of the Open Inference Protocol."""
+
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: as many as there are rows.")
+
+
+class ServerDescription(Document):
+    """Who serves."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelDescription(Document):
+    """What a model takes and answers."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorDescription]
+    outputs: list[TensorDescription]
+
+
+class ModelReadiness(Document):
+    """A model is served."""
+
+    name: str
+    ready: bool
+
+
+class Live(Document):
+    """The server answers."""
+
+    live: bool
+
+
+class Readiness(Document):
+    """The server takes requests."""
+
+    ready: bool
+
+
+class VersionState(Document):
+    """What became of a version in the model repository."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class IndexRequest(Document):
+    """What to list."""
+
+    ready: bool = Field(False, description="Only what is served.")
+
+
+class LoadRequest(Document):
+    """What to load, or to unload: the path says it."""
+
+    parameters: dict[str, object] = Field(
+        {}, description="None is understood; unload_dependents is ignored."
+    )
+
+
+class ProtocolError(Document):
+    """An error as the Open Inference Protocol has it."""
+
+    error: str
+
+
+class InferTensor(Document):
+    """An input of the Open Inference Protocol."""
+
+    name: str
+    shape: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=2, description="As the model describes its input, the rows first."
+    )
+    datatype: Literal[
+        "FP32",
+        "FP64",
+        "FP16",
+        "INT8",
+        "INT16",
+        "INT32",
+        "INT64",
+        "UINT8",
+        "UINT16",
+        "UINT32",
+        "UINT64",
+    ] = Field(description="Values are converted to FP32.")
+    parameters: dict[str, object] = {}
+    data: list[object] | None = Field(
+        None, description="Flat or nested; none if binary data follows the JSON."
+    )
+
+
+class InferOutput(Document):
+    """An output that is asked for."""
+
+    name: str
+    parameters: dict[str, object] = {}
+
+
+class InferDocument(Document):
+    """A request of the Open Inference Protocol."""
+
+    id: str | None = None
+    parameters: dict[str, object] = Field(
+        {}, description="passes, seed and masks for NAME.mc; binary_data_output."
+    )
+    inputs: list[InferTensor] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = Field(None, description="All by default.")
+
+
+class AnsweredTensor(Document):
+    """An output of the Open Inference Protocol."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, object] = {}
+    data: list[float] | list[str] | None = None
+
+
+class InferAnswer(Document):
+    """An answer of the Open Inference Protocol."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, object] = {}
+    outputs: list[AnsweredTensor]
+
+
 class FieldProblem(Document):
     """One thing that is wrong with a body."""
 

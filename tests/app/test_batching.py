@@ -3,14 +3,30 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
 from app.batching import ON_LOOP_SECONDS, Batcher, Pace, measure
+from app.call import Call
+from app.errors import DeadlineExceeded
+from app.turns import Turns
 
 SHORT, LONG = Pace(0, 0), Pace(1, 0)
+
+
+@contextmanager
+def thread() -> Iterator[Turns]:
+    turns = Turns()
+    try:
+        yield turns
+    finally:
+        turns.close()
+
+
+def call(seconds: float = 60) -> Call:
+    return Call("POST", "test", "id", seconds)
 
 
 class Doubler:
@@ -32,9 +48,9 @@ def answers(doubler: Doubler, pace: Pace, jobs: Sequence[int], most: int = 100) 
     """Submit jobs of size 1 at once."""
 
     async def main() -> list[object]:
-        with ThreadPoolExecutor(1) as worker:
-            batcher = Batcher(doubler.run, pace, most, worker)
-            submitted = (batcher.submit(job, 1) for job in jobs)
+        with thread() as turns:
+            batcher = Batcher(doubler.run, pace, most, turns)
+            submitted = (batcher.submit(job, 1, call()) for job in jobs)
             return list(await asyncio.gather(*submitted, return_exceptions=True))
 
     return asyncio.run(main())
@@ -60,18 +76,18 @@ def test_while_jobs_come_one_at_a_time_each_is_run_at_once_and_those_beside_it_s
     doubler = Doubler()
 
     async def main() -> None:
-        with ThreadPoolExecutor(1) as worker:
-            batcher = Batcher(doubler.run, SHORT, 100, worker)
-            assert await batcher.submit(1, 1) == 2
+        with thread() as turns:
+            batcher = Batcher(doubler.run, SHORT, 100, turns)
+            assert await batcher.submit(1, 1, call()) == 2
             # No turn of the loop passes before the result is there.
             with pytest.raises(StopIteration, match="4"):
-                batcher.submit(2, 1).send(None)
+                batcher.submit(2, 1, call()).send(None)
             await asyncio.sleep(0)
             with pytest.raises(ValueError, match="-3 is negative"):
-                await batcher.submit(-3, 1)
+                await batcher.submit(-3, 1, call())
             await asyncio.sleep(0)
             for _ in range(2):
-                submitted = (batcher.submit(job, 1) for job in (4, 5, 6))
+                submitted = (batcher.submit(job, 1, call()) for job in (4, 5, 6))
                 assert await asyncio.gather(*submitted) == [8, 10, 12]
                 await asyncio.sleep(0)
 
@@ -83,12 +99,12 @@ def test_what_two_turns_of_the_loop_bring_is_one_run() -> None:
     doubler = Doubler()
 
     async def main() -> list[int]:
-        with ThreadPoolExecutor(1) as worker:
-            batcher = Batcher(doubler.run, SHORT, 100, worker)
-            first = asyncio.create_task(batcher.submit(1, 1))
+        with thread() as turns:
+            batcher = Batcher(doubler.run, SHORT, 100, turns)
+            first = asyncio.create_task(batcher.submit(1, 1, call()))
             await asyncio.sleep(0)
             # Read only now, as the next request that waits at the socket.
-            second = asyncio.create_task(batcher.submit(2, 1))
+            second = asyncio.create_task(batcher.submit(2, 1, call()))
             return [await first, await second]
 
     assert asyncio.run(main()) == [2, 4]
@@ -100,12 +116,12 @@ def test_jobs_that_keep_coming_in_pairs_share_their_runs() -> None:
 
     async def client(batcher: Batcher[int, int], jobs: Sequence[int]) -> None:
         for job in jobs:
-            assert await batcher.submit(job, 1) == 2 * job
+            assert await batcher.submit(job, 1, call()) == 2 * job
 
     async def main() -> None:
-        with ThreadPoolExecutor(1) as worker:
-            batcher = Batcher(doubler.run, SHORT, 100, worker)
-            await batcher.submit(9, 1)
+        with thread() as turns:
+            batcher = Batcher(doubler.run, SHORT, 100, turns)
+            await batcher.submit(9, 1, call())
             await asyncio.sleep(0)
             await asyncio.gather(client(batcher, [1, 3, 5]), client(batcher, [2, 4, 6]))
 
@@ -118,10 +134,10 @@ def test_a_long_run_is_made_in_the_worker_also_where_jobs_come_one_at_a_time() -
     doubler = Doubler()
 
     async def main() -> None:
-        with ThreadPoolExecutor(1) as worker:
-            batcher = Batcher(doubler.run, LONG, 100, worker)
+        with thread() as turns:
+            batcher = Batcher(doubler.run, LONG, 100, turns)
             for job in (1, 2, 3):
-                assert await batcher.submit(job, 1) == 2 * job
+                assert await batcher.submit(job, 1, call()) == 2 * job
                 await asyncio.sleep(0)
 
     asyncio.run(main())
@@ -170,11 +186,11 @@ def answers_of_late_ones(
         return doubler.run(jobs)
 
     async def main() -> list[int]:
-        with ThreadPoolExecutor(1) as worker:
-            batcher: Batcher[int, int] = Batcher(run, LONG, 100, worker)
-            tasks = {job: asyncio.create_task(batcher.submit(job, 1)) for job in first}
+        with thread() as turns:
+            batcher: Batcher[int, int] = Batcher(run, LONG, 100, turns)
+            tasks = {job: asyncio.create_task(batcher.submit(job, 1, call())) for job in first}
             assert await asyncio.to_thread(started.wait, 10)
-            tasks |= {job: asyncio.create_task(batcher.submit(job, 1)) for job in late}
+            tasks |= {job: asyncio.create_task(batcher.submit(job, 1, call())) for job in late}
             await asyncio.sleep(0)
             tasks.pop(cancelled).cancel()
             await asyncio.sleep(0)
@@ -234,3 +250,58 @@ def test_a_run_is_never_tried_larger_than_it_may_be() -> None:
     tried: list[Sequence[int]] = []
     measure(tried.append, most=7)
     assert max(sum(sizes) for sizes in tried) == 7
+
+
+def test_a_job_whose_time_is_up_before_its_run_is_left_out_of_it() -> None:
+    doubler = Doubler()
+
+    async def main() -> list[object]:
+        with thread() as turns:
+            batcher = Batcher(doubler.run, SHORT, 100, turns)
+            late, punctual = (
+                Call("POST", "test", "late", 0.01),
+                Call("POST", "test", "punctual", 60),
+            )
+            submitted = [batcher.submit(1, 1, late), batcher.submit(2, 1, punctual)]
+            tasks = [asyncio.create_task(each) for each in submitted]
+            await asyncio.sleep(0)
+            time.sleep(0.02)
+            found: list[object] = list(await asyncio.gather(*tasks, return_exceptions=True))
+            with pytest.raises(DeadlineExceeded, match="not ready within 10 ms"):
+                await batcher.submit(3, 1, late)
+            return found
+
+    first, second = asyncio.run(main())
+    assert isinstance(first, DeadlineExceeded)
+    assert second == 4
+    assert doubler.runs == [[2]]
+
+
+def test_a_call_knows_how_long_it_has_waited_and_how_long_its_run_took() -> None:
+    asked = call()
+
+    def run(jobs: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.02)
+        return jobs
+
+    async def main() -> None:
+        with thread() as turns:
+            turns.submit(lambda: time.sleep(0.05), long=True)
+            await Batcher(run, LONG, 100, turns).submit(1, 1, asked)
+
+    asyncio.run(main())
+    # No more than a machine may be busy with other things.
+    assert 0.05 <= asked.queued + 0.005 < 1
+    assert 0.02 <= asked.ran < 1
+
+
+def test_pieces_of_long_work_are_made_in_the_thread_however_short_they_are() -> None:
+    doubler = Doubler()
+
+    async def main() -> int:
+        with thread() as turns:
+            batcher = Batcher(doubler.run, SHORT, 100, turns, pieces=True)
+            return await batcher.submit(1, 1, call())
+
+    assert asyncio.run(main()) == 2
+    assert threading.current_thread() not in doubler.threads

@@ -317,9 +317,23 @@ def test_the_documentation_renders_from_the_service_alone(client: httpx.Client) 
         assert url.startswith("/")
         assert client.get(url).status_code == 200
     document = client.get("/openapi.json").json()
-    assert {"/predict", "/uncertainty", "/debug/mc", "/health/live", "/health/ready"} == set(
-        document["paths"]
-    )
+    own = {path for path in document["paths"] if not path.startswith("/v2")}
+    health = {"/health/live", "/health/ready", "/metrics"}
+    assert own == {"/predict", "/uncertainty", "/debug/mc"} | health
+    model = "/v2/models/{name}"
+    assert document["paths"].keys() - own == {
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        *(
+            f"{model}{version}{what}"
+            for version in ("", "/versions/{version}")
+            for what in ("", "/ready", "/infer")
+        ),
+        "/v2/repository/index",
+        "/v2/repository/models/{name}/load",
+        "/v2/repository/models/{name}/unload",
+    }
     assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))) <= set(
         document["components"]["schemas"]
     )

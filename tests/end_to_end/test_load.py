@@ -13,10 +13,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import service
+from tests.conftest import PATIENCE, children, service, wait_for
 
 Examples = Callable[[str], list[Any]]
-PATIENCE = 30  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -123,29 +122,6 @@ def test_a_client_that_leaves_costs_nothing_more(served: httpx.Client, examples:
         assert time.monotonic() < deadline, "the service goes on working for nobody"
     answer = served.post("/predict", json={"model": "digits", "inputs": examples("digits")[:1]})
     assert answer.status_code == 200
-
-
-def children(pid: int) -> set[int]:
-    """Return the worker processes of a service."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if int(parent) == pid and b"spawn_main" in command:
-                found.add(int(entry.name))
-    return found
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_workers_share_a_port_and_one_that_dies_is_replaced(

@@ -1,7 +1,5 @@
 """How the service starts, and how it refuses to."""
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -13,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, memory, run, service
+from tests.bundles import rewrite
+from tests.conftest import ROOT, events, memory, run, service
 
 WITHOUT_TORCH = """
 import sys
@@ -26,13 +25,13 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
 from app.__main__ import main
-from app.api import application
-from app.service import Query, Service, load_engines
+from app.service import Query, load_engines
+from app.settings import Settings
+from app.worker import Worker
 
-service = Service(
-    load_engines(Path(sys.argv[1]), "cpu"), max_rows=9, max_passes=999, max_row_passes=9999
-)
-application.create(service, debug=True, max_body_bytes=1).openapi()
+worker = Worker(Settings(models=Path(sys.argv[1])), load_engines(Path(sys.argv[1]), "cpu"))
+worker.application.openapi()
+service = worker.service
 query = Query([[0.0] * 64], "digits", None, passes=10, seed=1, interval=0.5)
 print(service.predict([[0.0] * 64], "digits", None)["model"], service.debug(query)["passes"])
 """
@@ -159,9 +158,9 @@ def test_bundles_that_cannot_be_trusted_are_refused_and_the_others_served(
         assert client.get("/health/ready").json()["models"] == {"good": [1]}
         # The only model there is needs no name.
         assert client.post("/predict", json={"inputs": [[0] * 64]}).status_code == 200
-    lines = capfd.readouterr().out.splitlines()
-    said = sorted(line for line in lines if line.startswith("ERROR: refused"))
-    assert [line.split(":")[1].strip() for line in said] == [
+    errors = [e["message"] for e in events(capfd.readouterr().out) if e["level"] == "error"]
+    said = sorted(errors)
+    assert [line.split(":")[0] for line in said] == [
         "refused changed version 1",
         "refused halved version 1",
         "refused newer version 1",
@@ -171,15 +170,3 @@ def test_bundles_that_cannot_be_trusted_are_refused_and_the_others_served(
     assert "stochastic.onnx maps {'x': (8, 8)} to [(10,)]; its manifest says" in said[1]
     assert "manifest.json is of schema 2" in said[2]
     assert "predict.onnx does not load" in said[3]
-
-
-def rewrite(place: Path, **change: object) -> None:
-    """Write a manifest that is true of the files beside it, with something changed."""
-    path = place / "manifest.json"
-    manifest = json.loads(path.read_text())
-    sums = {
-        name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in manifest["files"]
-    }
-    if not change:
-        change = {"files": sums}
-    path.write_text(json.dumps(manifest | change))

@@ -101,7 +101,7 @@ def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_co
         assert {value.type.tensor_type.elem_type for value in (graph.input[0], *graph.output)} == {
             onnx.TensorProto.FLOAT
         }
-    limits = {"max_rows": 100, "max_passes": 100, "max_row_passes": 10_000}
+    limits: Any = {"max_rows": 100, "max_passes": 100, "max_row_passes": 10_000}
     half, single = (
         Service(load_engines(models, "cpu"), **limits) for models in (tmp_path, built / "models")
     )

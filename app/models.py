@@ -1,0 +1,435 @@
+"""The models that are served: each an engine and the runs that requests share; found by name.
+
+They come from the models folder when the service starts, and while it runs: a version that is new
+there is read, checked, tried on its own examples and only then put in place, between two requests.
+What is refused leaves what is served as it was. A request keeps the model that it has found until
+it is answered.
+"""
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from app import batching, repository, runs
+from app.batching import Batcher
+from app.device import Device
+from app.engine import Engine
+from app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
+from app.masks import MaskStream
+from app.rows import rows_from_lists
+from app.runs import Draw, Inputs, Prediction, Statistics
+from app.turns import Turns
+from app.uncertainty import Samples
+from export.bundle import BundleError
+
+# How long a piece of long work should take: what short work may have to wait for.
+PIECE_SECONDS = 0.02
+# Passes of each example that a bundle is tried with.
+TRIAL_PASSES = 10
+# What may come of loading a version.
+LOADED, REFUSED = "loaded", "refused"
+
+log = logging.getLogger(__name__)
+
+
+class Engines(dict[str, dict[int, Engine]]):
+    """Engines by name and version, and why other versions were refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[tuple[str, int], str] = {}
+
+
+class Shared(NamedTuple):
+    """A step: a job for a run that other requests may share."""
+
+    batcher: Batcher[Any, Any]
+    job: object
+    size: int
+
+
+class Aside(NamedTuple):
+    """A step: work that is long, and not a run."""
+
+    work: Callable[[], object]
+
+
+# What a step is sent depends on the step, so no one type says it.
+Part = Generator[Shared | Aside, Any, Any]
+
+
+class Model:
+    """An engine, and the runs that requests share.
+
+    A request that takes more than a piece of long work is made in pieces, whose runs take turns
+    with those of others.
+    """
+
+    def __init__(self, engine: Engine, turns: Turns) -> None:
+        self.engine = engine
+        self.manifest = engine.manifest
+        self.names = self.manifest.outputs.labels
+        self.row_length = math.prod(self.manifest.input.shape)
+        self.classification = self.manifest.task == "classification"
+        # Who answers.
+        self.identity: dict[str, object] = {
+            "model": self.manifest.name,
+            "version": self.manifest.version,
+        }
+        predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
+        # As requests bring them, since the time it takes to read rows counts.
+        rows = np.zeros((1, *self.manifest.input.shape)).tolist()
+        stream = MaskStream(0, self.manifest.sites)
+        most = runs.most_at_once(self.manifest.values_per_row)
+        pace = batching.measure(lambda sizes: predict([rows * size for size in sizes]), most)
+        self.piece_of_rows = piece(pace, most)
+        self.predictions = Batcher(predict, pace, most, turns)
+        self.many_predictions = Batcher(predict, pace, self.piece_of_rows, turns, pieces=True)
+        most = runs.most_at_once(self.manifest.values_per_pass)
+        pace = batching.measure(
+            lambda sizes: draw(
+                # Each at a level of its own, so that nothing they cost is shared.
+                [
+                    Draw(rows, stream, range(1), range(size), 1 / (2 + number))
+                    for number, size in enumerate(sizes)
+                ]
+            ),
+            most,
+        )
+        self.piece_of_passes = piece(pace, most)
+        self.draws = Batcher(draw, pace, most, turns)
+        self.many_draws = Batcher(draw, pace, self.piece_of_passes, turns, pieces=True)
+
+    def labels(self, largest: list[int]) -> list[str]:
+        """Name the likeliest class of each row."""
+        return [self.names[place] for place in largest]
+
+    def deterministic(self, inputs: Inputs) -> Part:
+        """Run eval mode; give a ``Prediction`` of all rows."""
+        if len(inputs) <= self.piece_of_rows:
+            return (yield Shared(self.predictions, inputs, len(inputs)))
+        outputs, largest = [], []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), self.piece_of_rows):
+            some = x[rows.start : rows.stop]
+            part = yield Shared(self.many_predictions, some, len(rows))
+            outputs.append(part.outputs)
+            largest += part.largest
+        return Prediction(runs.joined(outputs), largest)
+
+    def read(self, inputs: Inputs) -> Part:
+        """Give rows of more than one run as an array, so that faults are found before any run."""
+        if isinstance(inputs, list):
+            shape = self.manifest.input.shape
+            return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
+        return inputs
+
+    def sample(self, inputs: Inputs, stream: MaskStream, passes: int, level: float | None) -> Part:
+        """Run train-mode passes; give each group of rows' samples, or their summary.
+
+        A group holds as many rows as fit one run with all their passes. A row with more passes
+        than that is a group of its own, run in pieces.
+        """
+        if len(inputs) * passes <= self.piece_of_passes:
+            draw = Draw(inputs, stream, range(len(inputs)), range(passes), level)
+            return [(yield Shared(self.draws, draw, draw.size))]
+        found = []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), max(1, self.piece_of_passes // passes)):
+            some_x = x[rows.start : rows.stop]
+            if len(rows) * passes <= self.piece_of_passes:
+                draw = Draw(some_x, stream, rows, range(passes), level)
+                found.append((yield Shared(self.many_draws, draw, draw.size)))
+                continue
+            parts = []
+            for some in runs.pieces(passes, self.piece_of_passes):
+                draw = Draw(some_x, stream, rows, some, None)
+                parts.append((yield Shared(self.many_draws, draw, draw.size)))
+            found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
+        return found
+
+    def finish(self, samples: Samples, level: float | None) -> Samples | Statistics:
+        """Summarise samples, where a level says so."""
+        return samples if level is None else runs.summarize(self.manifest, level, samples)
+
+
+def piece(pace: batching.Pace, most: int) -> int:
+    """Return how large a piece of long work is."""
+    if pace.unit <= 0:
+        return most
+    return max(1, min(most, int((PIECE_SECONDS - pace.run) / pace.unit)))
+
+
+def load(place: Path, device: Device, threads: int) -> Engine:
+    """Read the bundle at ``place``, and try it on its own examples.
+
+    Raises
+    ------
+    BundleError
+        If it cannot be served.
+    DeviceUnavailable
+        If the device is not to be had.
+    """
+    bundle = repository.read(place)
+    engine = Engine(bundle, device, threads)
+    stream = MaskStream(0, engine.manifest.sites)
+    trial = Draw(bundle.examples, stream, range(len(bundle.examples)), range(TRIAL_PASSES), 0.5)
+    for (outcome,) in (runs.predict(engine, [trial.inputs]), runs.draw(engine, [trial])):
+        if isinstance(outcome, InputError):
+            raise BundleError(f"it does not answer its own examples: {outcome}")
+    return engine
+
+
+class State(NamedTuple):
+    """What became of a version in the models folder."""
+
+    name: str
+    version: int
+    served: bool
+    reason: str  # why it is not, where that is known
+
+
+class Models:
+    """The models that are served, by name and version.
+
+    Every change is made on the event loop in one step, so a request finds the models as they were
+    before or as they are after it.
+
+    Parameters
+    ----------
+    engines
+        To begin with; at least one.
+    turns
+        Where their long runs are made.
+    folder
+        The models folder; None: nothing more can be loaded.
+    """
+
+    def __init__(self, engines: Engines, turns: Turns, folder: Path | None = None) -> None:
+        self.turns = turns
+        self.folder = folder
+        first = next(iter(next(iter(engines.values())).values()))
+        self.device: Device = first.device
+        self.provider = first.provider
+        self.threads = first.threads
+        self.served = {
+            name: {version: Model(engine, turns) for version, engine in sorted(versions.items())}
+            for name, versions in engines.items()
+        }
+        self.unloaded: set[str] = set()
+        # Why a version was refused when it was last tried.
+        self.refused = engines.refused
+        # How often a version was loaded, or refused, by name and outcome.
+        self.loads: Counter[tuple[str, str]] = Counter()
+        for name, versions in engines.items():
+            self.loads[name, LOADED] += len(versions)
+        for name, _ in engines.refused:
+            self.loads[name, REFUSED] += 1
+        self.changing = asyncio.Lock()
+
+    def find(self, name: str | None, version: int | None) -> Model:
+        """Find a model: the only one where no name is given, the newest of its versions.
+
+        Raises
+        ------
+        UnknownModel, InputError
+            If there is no such model; if a name is needed.
+        """
+        if name is None:
+            if len(self.served) > 1:
+                raise InputError("model", f"is needed, one of: {', '.join(sorted(self.served))}")
+            if not self.served:
+                raise UnknownModel("no model is served")
+            (name,) = self.served
+        versions = self.versions(name)
+        if version is None:
+            # They are kept in order.
+            version = next(reversed(versions))
+        if version not in versions:
+            served = ", ".join(map(str, versions))
+            raise UnknownModel(f"no version {version} of model {name}; served are: {served}")
+        return versions[version]
+
+    def versions(self, name: str) -> dict[int, Model]:
+        """Return the versions of a model, ascending; raise UnknownModel if it is not served."""
+        if name not in self.served:
+            served = ", ".join(sorted(self.served)) or "none"
+            raise UnknownModel(f"no model {name[:100]!r}; served are: {served}")
+        return self.served[name]
+
+    def forget(self, names: frozenset[str]) -> None:
+        """Serve some models no more, and none of that name until it is loaded."""
+        self.unloaded |= names
+        for name in names & self.served.keys():
+            del self.served[name]
+
+    async def index(self) -> list[State]:
+        """Say of every version that is served or in the models folder what became of it."""
+        listed = await asyncio.to_thread(self.list)
+        found = {name: set(places) for name, places in listed.items()}
+        for name, versions in self.served.items():
+            found.setdefault(name, set()).update(versions)
+        return [
+            State(
+                name,
+                version,
+                version in self.served.get(name, ()),
+                self.refused.get((name, version), ""),
+            )
+            for name, versions in sorted(found.items())
+            for version in sorted(versions)
+        ]
+
+    async def load(self, name: str) -> None:
+        """Serve what the models folder holds of a model now, and what is served of it no more.
+
+        Raises
+        ------
+        UnknownModel
+            If the folder does not hold it.
+        LoadError
+            If a version is refused. The others are served, and an older bundle in its place
+            is served on.
+        """
+        async with self.changing:
+            listed = await asyncio.to_thread(self.list)
+            if name not in listed:
+                there = ", ".join(listed) or "none"
+                raise UnknownModel(f"no model {name[:100]!r} to load; there are: {there}")
+            self.unloaded.discard(name)
+            await self.renew(name, listed[name])
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more; requests that have found it are answered.
+
+        Raises
+        ------
+        UnknownModel
+            If it is not served.
+        """
+        async with self.changing:
+            self.versions(name)
+            self.forget(frozenset({name}))
+            log.info("unloaded %s", name)
+
+    async def reload(self) -> None:
+        """Serve what the models folder holds now, but for what was unloaded.
+
+        Raises
+        ------
+        LoadError
+            If a version is refused, or the folder holds nothing: then all is served on.
+        """
+        async with self.changing:
+            listed = await asyncio.to_thread(self.list)
+            if not listed:
+                raise LoadError(f"the models folder {str(self.folder)!r} holds no bundle")
+            for name in self.served.keys() - listed.keys():
+                del self.served[name]
+                log.info("unloaded %s, which is gone", name)
+            faults = []
+            for name in listed.keys() - self.unloaded:
+                try:
+                    await self.renew(name, listed[name])
+                except LoadError as error:
+                    faults.append(str(error))
+            if faults:
+                raise LoadError("; ".join(faults))
+
+    def sizes(self) -> Iterator[tuple[tuple[str, str, str], int, int]]:
+        """Say how many runs of which size were made; by model, version and graph."""
+        for name, versions in self.served.items():
+            for version, model in versions.items():
+                for graph, batchers in (
+                    ("predict", (model.predictions, model.many_predictions)),
+                    ("stochastic", (model.draws, model.many_draws)),
+                ):
+                    for batcher in batchers:
+                        for size, number in batcher.sizes.copy().items():
+                            yield (name, str(version), graph), size, number
+
+    def list(self) -> dict[str, dict[int, Path]]:
+        """List the models folder: the place of each version, by name."""
+        listed: dict[str, dict[int, Path]] = {}
+        if self.folder is not None:
+            try:
+                for place in repository.places(self.folder):
+                    listed.setdefault(place.parent.name, {})[int(place.name)] = place
+            except StartError as error:
+                raise LoadError(str(error)) from None
+        return listed
+
+    async def renew(self, name: str, places: dict[int, Path]) -> None:
+        """Load the versions at some places, and put them in the place of those that are served."""
+        served = self.served.get(name, {})
+        versions: dict[int, Model] = {}
+        faults = []
+        for version, place in sorted(places.items()):
+            before = served.get(version)
+            try:
+                model = await asyncio.to_thread(self.load_version, place, before)
+            except (BundleError, DeviceUnavailable) as error:
+                faults.append(f"refused {name} version {version}: {error}")
+                log.error("%s", faults[-1])
+                self.refused[name, version] = str(error)
+                self.loads[name, REFUSED] += 1
+                if before:
+                    versions[version] = before
+                continue
+            self.refused.pop((name, version), None)
+            versions[version] = model
+            if model is not before:
+                self.loads[name, LOADED] += 1
+                log.info("serving %s version %d", name, version)
+        if versions:
+            self.served[name] = versions
+        if faults:
+            raise LoadError("; ".join(faults))
+
+    def load_version(self, place: Path, before: Model | None) -> Model:
+        """Load the bundle at ``place``, unless it is what is served already."""
+        if before and repository.read_manifest(place) == before.manifest:
+            return before
+        return Model(load(place, self.device, self.threads), self.turns)
+
+
+def load_engines(models: Path, device: Literal["auto"] | Device, threads: int = 1) -> Engines:
+    """Load every bundle in the models folder; one that is refused costs a line in the log.
+
+    Each run of a graph takes ``threads`` CPUs.
+
+    Raises
+    ------
+    StartError
+        If the folder cannot be read or no bundle in it can be served, or ``device`` (other than
+        "auto") is not to be had.
+    """
+    engines = Engines()
+    chosen: Device = "cuda" if device == "auto" else device
+    for place in repository.places(models):
+        name, version = place.parent.name, int(place.name)
+        try:
+            try:
+                engine = load(place, chosen, threads)
+            except DeviceUnavailable as error:
+                if device != "auto":
+                    raise
+                log.warning("serving on the CPU: %s", error)
+                chosen = "cpu"
+                engine = load(place, chosen, threads)
+        except BundleError as error:
+            log.error("refused %s version %d: %s", name, version, error)
+            engines.refused[name, version] = str(error)
+            continue
+        log.info("serving %s version %d on %s (%s)", name, version, engine.device, engine.provider)
+        engines.setdefault(name, {})[version] = engine
+    if not engines:
+        raise StartError(f"the models folder {str(models)!r} holds no bundle that can be served")
+    return engines

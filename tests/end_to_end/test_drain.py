@@ -1,0 +1,109 @@
+"""How the service ends: what it has taken is answered, and nobody is sent to it meanwhile."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import children, service, wait_for
+
+Examples = Callable[[str], list[Any]]
+WORKERS = ["1", "2"]
+
+
+def tell_to_end(client: httpx.Client) -> None:
+    os.kill(int(client.headers["x-test-pid"]), signal.SIGTERM)
+
+
+def status(client: httpx.Client, path: str) -> int:
+    """Ask over a connection of its own, which any worker may take; 0: refused."""
+    try:
+        return httpx.get(f"{client.base_url}{path}", timeout=10).status_code
+    except httpx.ConnectError:
+        return 0
+
+
+def ended(client: httpx.Client) -> Callable[[], bool]:
+    """Tell whether the service has ended, all its processes."""
+    pid = int(client.headers["x-test-pid"])
+    those = {pid} | children(pid)
+
+    def check() -> bool:
+        # The test has not waited for the first, so it stays as a zombie.
+        return all(
+            "Z" in Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0]
+            for each in those
+            if Path(f"/proc/{each}/stat").exists()
+        )
+
+    return check
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_while_it_drains_readiness_says_so_and_requests_are_still_taken(
+    built: Path, examples: Examples, workers: str
+) -> None:
+    body = {"model": "digits", "inputs": examples("digits")[:1]}
+    environment = {"DROPSERVE_WORKERS": workers, "DROPSERVE_DRAIN_DELAY_SECONDS": "2"}
+    with service(built / "models", **environment) as client:
+        wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {200})
+        tell_to_end(client)
+        told = time.monotonic()
+        wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {503})
+        assert time.monotonic() - told < 1.5
+        assert status(client, "/v2/health/ready") == 503
+        assert status(client, "/health/live") == status(client, "/v2/health/live") == 200
+        answer = httpx.post(f"{client.base_url}/predict", json=body)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        wait_for(ended(client))
+        assert 2 <= time.monotonic() - told < 6
+        assert status(client, "/health/live") == 0
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_what_was_taken_is_answered_and_then_it_ends(
+    built: Path, examples: Examples, workers: str
+) -> None:
+    inputs = (examples("digits") * 10)[:60]
+    body = {"model": "digits", "inputs": inputs, "passes": 10_000, "seed": 1}
+    with service(built / "models", DROPSERVE_WORKERS=workers) as client:
+        url = f"{client.base_url}/uncertainty"
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(httpx.post, url, json=body, timeout=120) for _ in range(4)]
+            wait_for(lambda: "dropserve_queue_rows 0.0" not in client.get("/metrics").text)
+            time.sleep(0.3)
+            tell_to_end(client)
+            answers = [each.result() for each in asked]
+        answered = time.monotonic()
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({str(answer.json()["mean"]) for answer in answers}) == 1
+        wait_for(ended(client))
+        assert time.monotonic() - answered < 3
+
+
+def test_what_takes_longer_than_it_may_is_cut_off(built: Path, examples: Examples) -> None:
+    inputs = (examples("digits") * 10)[:100]
+    body = {"model": "digits", "inputs": inputs, "passes": 10_000}
+    with service(built / "models", DROPSERVE_DRAIN_SECONDS="0.5") as client:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{client.base_url}/uncertainty", json=body, timeout=60)
+            wait_for(lambda: "dropserve_queue_rows 0.0" not in client.get("/metrics").text)
+            tell_to_end(client)
+            told = time.monotonic()
+            wait_for(ended(client))
+            assert time.monotonic() - told < 4
+            answer = asked.result()
+        assert answer.status_code == 503
+        assert answer.json()["detail"] == "the service ended before the answer was ready"
+
+
+def test_a_service_that_is_told_to_end_while_it_starts_does_so(built: Path) -> None:
+    with service(built / "models", DROPSERVE_WORKERS="2") as client:
+        tell_to_end(client)
+        wait_for(ended(client))
