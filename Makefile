@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table predict-http mc-passes scaling startup-memory gpu
 
-.PHONY: run setup test check format bench bench-peers $(BENCHMARKS) lock
+.PHONY: run setup test test-slow check format bench bench-peers $(BENCHMARKS) lock
 run: models/digits
 	DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -26,6 +26,9 @@ setup: .venv/$(RUNTIME)
 
 test: setup
 	$(PYTHON) -m pytest
+
+test-slow: setup
+	$(PYTHON) -m pytest -m slow
 
 check: setup
 	$(PYTHON) -m ruff format --check .

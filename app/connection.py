@@ -266,11 +266,13 @@ class Connection(HttpToolsProtocol):
         answer = problems.problem(problems.Fault(status, detail), name)
         headers = [
             *self.server_state.default_headers,
-            *answer.raw_headers,
+            *answer.headers,
+            (b"content-length", str(len(answer.content)).encode()),
+            (b"x-request-id", name.encode()),
             (b"connection", b"close"),
         ]
         head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, bytes(answer.body)))
+        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, answer.content))
         self.transport.write_eof()
         self.flow.resume_reading()
         self.timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)

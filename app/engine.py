@@ -35,7 +35,6 @@ class Engine:
             STOCHASTIC, bundle.stochastic, device, threads, rows | {ROWS: ()} | masks, outputs
         )
         self.device = device
-        self.threads = threads
         self.provider: str = self.predict_session.get_providers()[0]
 
     def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:

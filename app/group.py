@@ -34,8 +34,10 @@ class Replies(NamedTuple):
     deaths: int  # workers that died since the service was started
 
 
-class Serving:
-    """A worker tells the parent that its event loop runs."""
+class Serving(NamedTuple):
+    """A worker tells the parent that its event loop runs, and what it then serves."""
+
+    state: object
 
 
 class Asked(NamedTuple):
@@ -43,7 +45,12 @@ class Asked(NamedTuple):
 
     question: object
     answer: object
-    remember: object
+
+
+class Change(NamedTuple):
+    """A worker is asked to change what it serves; it answers with what it serves then."""
+
+    question: object
 
 
 class Group:
@@ -58,32 +65,44 @@ class Group:
         To the parent; None: this is the only process.
     orphaned
         Called when the parent is gone.
+    state
+        Says what is served, so that a worker started later can be told to serve the same.
     """
 
     def __init__(
-        self, handle: Handle, link: socket.socket | None, orphaned: Callable[[], None]
+        self,
+        handle: Handle,
+        link: socket.socket | None,
+        orphaned: Callable[[], None],
+        state: Callable[[], object],
     ) -> None:
         self.handle = handle
-        self.line = None if link is None else Line(link, handle, orphaned)
+        self.state = state
+        self.line = None if link is None else Line(link, self.answer, orphaned)
 
     def start(self) -> None:
         """Begin to listen, on the running event loop."""
         if self.line:
             self.line.start()
-            self.line.tell(Serving())
+            self.line.tell(Serving(self.state()))
 
     def close(self) -> None:
         """Ask and answer no more."""
         if self.line:
             self.line.close()
 
-    async def ask(self, question: object, remember: object = None) -> Replies:
+    async def answer(self, content: object) -> object:
+        """Answer what the parent asks."""
+        if isinstance(content, Change):
+            await self.handle(content.question)
+            return self.state()
+        return await self.handle(content)
+
+    async def ask(self, question: object) -> Replies:
         """Ask this worker, then all others.
 
         What ``handle`` raises here is raised, and nobody else is asked; then what it raises in
-        another worker is, once all have answered. ``remember``, where it is not None, is what every
-        worker started from now on is given, in place of what was to be remembered before; also
-        where another worker raises.
+        another worker is, once all have answered.
 
         Raises
         ------
@@ -93,9 +112,19 @@ class Group:
         answer = await self.handle(question)
         if self.line is None:
             return Replies([answer], None, 0)
-        replies = await self.line.ask(Asked(question, answer, remember))
+        replies = await self.line.ask(Asked(question, answer))
         assert isinstance(replies, Replies)
         return replies
+
+    async def change(self, question: object) -> None:
+        """Have all workers change what they serve, this one first; one change after the other.
+
+        Raises as ``ask`` does. Workers that are started from now on are given what is served then.
+        """
+        if self.line is None:
+            await self.handle(question)
+        else:
+            await self.line.ask(Change(question))
 
 
 class Question(NamedTuple):

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 
 from app import batching, repository, runs
 from app.batching import Batcher
-from app.device import Device
+from app.device import PROVIDERS, Device
 from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
 from app.masks import MaskStream
@@ -40,11 +40,20 @@ log = logging.getLogger(__name__)
 
 
 class Engines(dict[str, dict[int, Engine]]):
-    """Engines by name and version, and why other versions were refused."""
+    """Engines by name and version, what they run on, and why other versions were refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device, threads: int) -> None:
         super().__init__()
+        self.device = device
+        self.threads = threads
         self.refused: dict[tuple[str, int], str] = {}
+
+
+class Served(NamedTuple):
+    """What is served, for another process to serve the same."""
+
+    versions: dict[str, tuple[int, ...]]
+    unloaded: frozenset[str]
 
 
 class Shared(NamedTuple):
@@ -205,7 +214,7 @@ class Models:
     Parameters
     ----------
     engines
-        To begin with; at least one.
+        To begin with.
     turns
         Where their long runs are made.
     folder
@@ -215,10 +224,9 @@ class Models:
     def __init__(self, engines: Engines, turns: Turns, folder: Path | None = None) -> None:
         self.turns = turns
         self.folder = folder
-        first = next(iter(next(iter(engines.values())).values()))
-        self.device: Device = first.device
-        self.provider = first.provider
-        self.threads = first.threads
+        self.device = engines.device
+        self.provider = PROVIDERS[engines.device][0]
+        self.threads = engines.threads
         self.served = {
             name: {version: Model(engine, turns) for version, engine in sorted(versions.items())}
             for name, versions in engines.items()
@@ -264,11 +272,10 @@ class Models:
             raise UnknownModel(f"no model {name[:100]!r}; served are: {served}")
         return self.served[name]
 
-    def forget(self, names: frozenset[str]) -> None:
-        """Serve some models no more, and none of that name until it is loaded."""
-        self.unloaded |= names
-        for name in names & self.served.keys():
-            del self.served[name]
+    def state(self) -> Served:
+        """Say what is served, and what was unloaded."""
+        versions = {name: tuple(versions) for name, versions in self.served.items()}
+        return Served(versions, frozenset(self.unloaded))
 
     async def index(self) -> list[State]:
         """Say of every version that is served or in the models folder what became of it."""
@@ -288,15 +295,14 @@ class Models:
         ]
 
     async def load(self, name: str) -> None:
-        """Serve what the models folder holds of a model now, and what is served of it no more.
+        """Serve what the models folder holds of a model now, but for what ``faults`` names.
 
         Raises
         ------
         UnknownModel
             If the folder does not hold it.
         LoadError
-            If a version is refused. The others are served, and an older bundle in its place
-            is served on.
+            If the folder cannot be read.
         """
         async with self.changing:
             listed = await asyncio.to_thread(self.list)
@@ -316,7 +322,8 @@ class Models:
         """
         async with self.changing:
             self.versions(name)
-            self.forget(frozenset({name}))
+            del self.served[name]
+            self.unloaded.add(name)
             log.info("unloaded %s", name)
 
     async def reload(self) -> None:
@@ -334,12 +341,10 @@ class Models:
             for name in self.served.keys() - listed.keys():
                 del self.served[name]
                 log.info("unloaded %s, which is gone", name)
-            faults = []
-            for name in listed.keys() - self.unloaded:
-                try:
-                    await self.renew(name, listed[name])
-                except LoadError as error:
-                    faults.append(str(error))
+            names = sorted(listed.keys() - self.unloaded)
+            for name in names:
+                await self.renew(name, listed[name])
+            faults = [fault for name in names for fault in self.faults(name)]
             if faults:
                 raise LoadError("; ".join(faults))
 
@@ -367,17 +372,20 @@ class Models:
         return listed
 
     async def renew(self, name: str, places: dict[int, Path]) -> None:
-        """Load the versions at some places, and put them in the place of those that are served."""
+        """Load the versions at some places, and put them in the place of those that are served.
+
+        One that is refused leaves the older bundle under its number where it is.
+        """
         served = self.served.get(name, {})
         versions: dict[int, Model] = {}
-        faults = []
+        for gone in [key for key in self.refused if key[0] == name and key[1] not in places]:
+            del self.refused[gone]
         for version, place in sorted(places.items()):
             before = served.get(version)
             try:
                 model = await asyncio.to_thread(self.load_version, place, before)
             except (BundleError, DeviceUnavailable) as error:
-                faults.append(f"refused {name} version {version}: {error}")
-                log.error("%s", faults[-1])
+                log.error("refused %s version %d: %s", name, version, error)
                 self.refused[name, version] = str(error)
                 self.loads[name, REFUSED] += 1
                 if before:
@@ -390,8 +398,12 @@ class Models:
                 log.info("serving %s version %d", name, version)
         if versions:
             self.served[name] = versions
-        if faults:
-            raise LoadError("; ".join(faults))
+
+    def faults(self, name: str) -> Iterator[str]:
+        """Say which versions of a model were refused when they were last tried, and why."""
+        for (of, version), reason in sorted(self.refused.items()):
+            if of == name:
+                yield f"refused {name} version {version}: {reason}"
 
     def load_version(self, place: Path, before: Model | None) -> Model:
         """Load the bundle at ``place``, unless it is what is served already."""
@@ -400,10 +412,16 @@ class Models:
         return Model(load(place, self.device, self.threads), self.turns)
 
 
-def load_engines(models: Path, device: Literal["auto"] | Device, threads: int = 1) -> Engines:
+def load_engines(
+    models: Path,
+    device: Literal["auto"] | Device,
+    threads: int = 1,
+    only: Mapping[str, Collection[int]] | None = None,
+) -> Engines:
     """Load every bundle in the models folder; one that is refused costs a line in the log.
 
-    Each run of a graph takes ``threads`` CPUs.
+    Each run of a graph takes ``threads`` CPUs. ``only`` names the versions to load, where it is
+    given.
 
     Raises
     ------
@@ -411,25 +429,26 @@ def load_engines(models: Path, device: Literal["auto"] | Device, threads: int = 
         If the folder cannot be read or no bundle in it can be served, or ``device`` (other than
         "auto") is not to be had.
     """
-    engines = Engines()
-    chosen: Device = "cuda" if device == "auto" else device
+    engines = Engines("cuda" if device == "auto" else device, threads)
     for place in repository.places(models):
         name, version = place.parent.name, int(place.name)
+        if only is not None and version not in only.get(name, ()):
+            continue
         try:
             try:
-                engine = load(place, chosen, threads)
+                engine = load(place, engines.device, threads)
             except DeviceUnavailable as error:
                 if device != "auto":
                     raise
                 log.warning("serving on the CPU: %s", error)
-                chosen = "cpu"
-                engine = load(place, chosen, threads)
+                engines.device = "cpu"
+                engine = load(place, engines.device, threads)
         except BundleError as error:
             log.error("refused %s version %d: %s", name, version, error)
             engines.refused[name, version] = str(error)
             continue
         log.info("serving %s version %d on %s (%s)", name, version, engine.device, engine.provider)
         engines.setdefault(name, {})[version] = engine
-    if not engines:
+    if not engines and only != {}:
         raise StartError(f"the models folder {str(models)!r} holds no bundle that can be served")
     return engines

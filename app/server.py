@@ -23,6 +23,8 @@ from app.connection import Connection, State, readable
 
 # How long who has connected, or is about to ask again, is waited for once the port is closed.
 GRACE_SECONDS = 0.1
+# Connections taken in one turn of the loop; more would leave other workers none.
+ACCEPT_AT_ONCE = 32
 
 
 class Server(uvicorn.Server):
@@ -57,6 +59,9 @@ class Server(uvicorn.Server):
         self.server_state = State()
         self.drain_delay = drain_delay
         self.draining = draining
+        self.ports: list[socket.socket] = []
+        # The loop itself keeps only weak references to them.
+        self.connecting: set[asyncio.Task[object]] = set()
         # Nothing is done with it but to wait that long.
         config.timeout_graceful_shutdown = drain_seconds  # type: ignore[assignment]
 
@@ -90,38 +95,62 @@ class Server(uvicorn.Server):
     def _exit(self) -> None:
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and take connections as fast as they come.
+
+        uvloop takes one in each turn of the loop, and under load a turn is long: a probe would wait
+        behind all who have come before it.
+        """
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for port in server.sockets:
+                # A descriptor of our own: the loop watches the other one.
+                own = socket.socket(fileno=os.dup(port.fileno()))
+                own.setblocking(False)
+                self.ports.append(own)
+                loop.add_reader(own, self._accept, own)
+
+    def _accept(self, port: socket.socket) -> None:
+        # None may be left: others listen too.
+        with contextlib.suppress(OSError):
+            for _ in range(ACCEPT_AT_ONCE):
+                self._connect(port.accept()[0])
+
+    def _connect(self, client: socket.socket) -> None:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        protocol = partial(
+            make, self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        task = loop.create_task(loop.connect_accepted_socket(protocol, client))
+        self.connecting.add(task)
+        task.add_done_callback(self.connecting.discard)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, then what is idle, and wait for the answers."""
-        # Descriptors of our own: uvicorn's are gone before their queues are seen to be empty.
-        listeners = [
-            socket.socket(fileno=os.dup(port.fileno()))
-            for server in self.servers
-            for port in server.sockets
-        ]
         for server in self.servers:
             server.close()
-        for listener in listeners:
-            await self._close(listener)
+        for port in self.ports:
+            asyncio.get_running_loop().remove_reader(port)
+            self._close(port)
+        if self.connecting:
+            await asyncio.wait(self.connecting)
         loop = asyncio.get_running_loop()
         end = loop.time() + GRACE_SECONDS
         while self.server_state.connections and not self.force_exit and loop.time() < end:
             await asyncio.sleep(GRACE_SECONDS / 20)
         await super().shutdown(sockets)
 
-    async def _close(self, listener: socket.socket) -> None:
+    def _close(self, port: socket.socket) -> None:
         """Close a port, and take who waited in its queue, maybe with a request sent."""
-        listener.setblocking(False)
         clients: list[socket.socket] = []
         # With no turn of the loop, whose answers would have clients come again: only who comes
         # between the last look and the end is lost. Where others listen too one may be faster.
         with contextlib.suppress(OSError):
-            while len(clients) < self.config.backlog and readable(listener.fileno()):
-                clients.append(listener.accept()[0])
-        listener.close()
-        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
-        protocol = partial(
-            make, self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+            while len(clients) < self.config.backlog and readable(port.fileno()):
+                clients.append(port.accept()[0])
+        port.close()
         for client in clients:
-            client.setblocking(False)
-            await asyncio.get_running_loop().connect_accepted_socket(protocol, client)
+            self._connect(client)

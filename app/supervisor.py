@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from uvicorn.config import STARTUP_FAILURE
 
-from app.group import Asked, Line, Replies, Unanswered
+from app.group import Asked, Change, Line, Replies, Serving, Unanswered
 
 # How long a worker may take to answer what another asks of all.
 ANSWER_SECONDS = 60.0
@@ -43,7 +43,7 @@ class Start:
     """What a new worker is given."""
 
     link: socket.socket  # for its Group
-    remembered: object  # what a worker last asked to be remembered, or None
+    state: object  # what the others serve, or None
 
 
 class Keep(NamedTuple):
@@ -109,7 +109,7 @@ def supervise(
         Called when they are told to stop; it must close what is open here of what they listen on.
         Else clients could still connect, to nobody.
     on_hangup
-        What SIGHUP asks of each worker. What goes wrong with it they log themselves.
+        What SIGHUP asks of each worker.
     keep
         What outlives a worker.
     stop_seconds
@@ -137,7 +137,9 @@ class Supervisor:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 0
     served: bool = False  # whether any worker has
-    remembered: object = None
+    state: object = None  # what all workers serve, as one of them last said
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    hanging_up: set[asyncio.Task[None]] = field(default_factory=set)
     gone: object = None
     deaths: int = 0
     # When the last few ended, and when the last was replaced or is to be.
@@ -172,8 +174,17 @@ class Supervisor:
 
     def hang_up(self) -> None:
         """Pass on SIGHUP."""
-        for worker in self.workers:
-            worker.line.tell(self.on_hangup)
+        task = asyncio.get_running_loop().create_task(self.change_all())
+        self.hanging_up.add(task)
+        task.add_done_callback(self.hanging_up.discard)
+
+    async def change_all(self) -> None:
+        """Have all workers do what SIGHUP asks."""
+        try:
+            await self.change(None, self.on_hangup)
+        # Whatever it is, nobody waits for it.
+        except Exception as error:
+            log.error("a worker cannot do what SIGHUP asks: %s", error)
 
     async def fill(self) -> None:
         """Keep one worker running: when it dies, another in its place."""
@@ -190,7 +201,7 @@ class Supervisor:
     def start(self) -> Worker:
         """Start a worker."""
         ours, theirs = socket.socketpair()
-        start = Start(theirs, self.remembered)
+        start = Start(theirs, self.state)
         # It is a daemon so that none is left, and waited for, should this process fail.
         process = spawn.Process(target=self.serve, args=(start,), daemon=True)
         # A worker inherits what is blocked, so these cannot reach it even while it starts, nor
@@ -254,38 +265,57 @@ class Supervisor:
 
     async def answer(self, worker: Worker, content: object) -> object:
         """Answer what a worker asks."""
-        if isinstance(content, Asked):
-            return await self.ask_others(worker, content)
-        self.served = True
+        match content:
+            case Asked(question, answer):
+                return await self.ask_others(worker, question, answer)
+            case Change(question):
+                await self.change(worker, question)
+            case Serving(state):
+                self.served = True
+                if self.state is None:
+                    self.state = state
         return None
 
-    async def ask_others(self, asker: Worker, asked: Asked) -> Replies:
+    async def ask_others(self, asker: Worker, question: object, answer: object) -> Replies:
         """Ask all workers but one what that one has answered itself; raise what one of them raises.
 
         One that is still starting has the question wait for it.
         """
-        if asked.remember is not None:
-            self.remembered = asked.remember
-        others = [worker for worker in self.workers if worker is not asker]
-        answers = {asker: asked.answer}
-
-        async def ask(worker: Worker) -> None:
-            try:
-                answers[worker] = await worker.line.ask(asked.question, self.answer_seconds)
-            except Unanswered as error:
-                log.error("worker %d is left out of an answer: %s", worker.pid, error)
-            else:
-                self.note(worker, answers[worker])
-
-        self.note(asker, asked.answer)
-        outcomes = await asyncio.gather(*map(ask, others), return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        self.note(asker, answer)
+        answers = await self.ask_all([each for each in self.workers if each is not asker], question)
+        answers = {asker: answer} | answers
         # What one has answered that is dead by now is in what is kept of it, and must not count
         # twice.
         living = [answer for worker, answer in answers.items() if worker in self.workers]
         return Replies(living, self.gone, self.deaths)
+
+    async def change(self, asker: Worker | None, question: object) -> None:
+        """Have all workers change what they serve, first the one who asks: raise what it raises."""
+        async with self.changing:
+            if asker:
+                self.state = await asker.line.ask(Change(question), self.answer_seconds)
+            others = [worker for worker in self.workers if worker is not asker]
+            states = await self.ask_all(others, Change(question))
+            if not asker:
+                self.state = next(iter(states.values()), self.state)
+
+    async def ask_all(self, workers: list[Worker], question: object) -> dict[Worker, object]:
+        """Return the answers of some workers; raise what one of them raises, once all have said."""
+        answers: dict[Worker, object] = {}
+
+        async def ask(worker: Worker) -> None:
+            try:
+                answers[worker] = await worker.line.ask(question, self.answer_seconds)
+            except Unanswered as error:
+                log.error("worker %d is left out of an answer: %s", worker.process.pid, error)
+            else:
+                self.note(worker, answers[worker])
+
+        outcomes = await asyncio.gather(*map(ask, workers), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+        return answers
 
     def note(self, worker: Worker, answer: object) -> None:
         """Keep an answer for when its worker dies."""

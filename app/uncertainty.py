@@ -74,7 +74,9 @@ def by_pass(outputs: NDArray[np.float32], passes: int) -> Samples:
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Turn logits ``[..., C]`` into probabilities."""
     # The ufuncs themselves: an array's methods take longer than the work, for a single row.
-    probabilities: NDArray[np.float32] = logits - np.maximum.reduce(logits, -1, keepdims=True)
+    # Logits further apart than float32 reaches are as good as infinitely far: their exp is 0.
+    with np.errstate(over="ignore"):
+        probabilities: NDArray[np.float32] = logits - np.maximum.reduce(logits, -1, keepdims=True)
     np.exp(probabilities, out=probabilities)
     probabilities /= np.add.reduce(probabilities, -1, keepdims=True)
     return probabilities

@@ -21,7 +21,7 @@ from app.group import Group
 from app.keys import Keys
 from app.loopback import is_loopback
 from app.metrics import Snapshot
-from app.models import Engines, load_engines
+from app.models import Engines, Served, load_engines
 from app.server import Server
 from app.service import Service
 from app.settings import Settings
@@ -62,8 +62,8 @@ class Worker:
             queue_rows=settings.queue_rows,
             folder=settings.models,
         )
-        if start and isinstance(start.remembered, frozenset):
-            self.service.models.forget(start.remembered)
+        if start and isinstance(start.state, Served):
+            self.service.models.unloaded |= start.state.unloaded
         self.metrics = metrics.Metrics()
         self.spans = trace.spans()
         self.gate = Gate(
@@ -74,7 +74,9 @@ class Worker:
             log=logs.RequestLog(sys.stderr.fileno()),
             spans=self.spans,
         )
-        self.group = Group(self.handle, start.link if start else None, self.stop)
+        self.group = Group(
+            self.handle, start.link if start else None, self.stop, self.service.models.state
+        )
         self.application = application.create(
             self.service,
             debug=settings.debug,
@@ -196,7 +198,9 @@ def serve_as_worker(
     # What the first process has said already need not be said by each.
     logs.configure(logging.ERROR)
     try:
-        worker = Worker(settings, load_engines(settings.models, settings.device, threads), start)
+        only = start.state.versions if isinstance(start.state, Served) else None
+        engines = load_engines(settings.models, settings.device, threads, only)
+        worker = Worker(settings, engines, start)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         # Any other status would have the worker started again, in vain.

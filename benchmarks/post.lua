@@ -1,6 +1,10 @@
--- What wrk sends, and how it says what it found. BODY names a file.
+-- What wrk sends, and how it says what it found. BODY names a file;
+-- JSON_LENGTH, where it is set, how much of it is JSON that a binary tensor follows.
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
+if (os.getenv("JSON_LENGTH") or "") ~= "" then
+  wrk.headers["Inference-Header-Content-Length"] = os.getenv("JSON_LENGTH")
+end
 local file = assert(io.open(os.getenv("BODY"), "rb"))
 wrk.body = file:read("*a")
 file:close()

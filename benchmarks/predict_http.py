@@ -36,6 +36,7 @@ PEERS = Path("build/peers").resolve()
 LOG = network.FOLDER / "server.log"
 HERE = Path(__file__).resolve().parent
 OURS, FLOOR = "dropserve", "ASGI echo"
+PROTOCOL = "/v2/models/digits/infer"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Server:
     command: list[str]
     route: str = "/predict"
     v2: bool = False  # asked as the Open Inference Protocol has it
+    binary: bool = False  # with a binary tensor
     answers: bool = True  # with probabilities
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,6 +74,15 @@ def main() -> None:
                     found.append({"what": name, "rows": rows, "connections": connections, **result})
         if name == OURS:
             with running(server, onnx, inputs[:1]) as port:
+                for binary in (False, True):
+                    asked = Server(server.command, PROTOCOL, v2=True, binary=binary)
+                    title = f"dropserve, Open Inference Protocol, {'binary' if binary else 'JSON'}"
+                    for rows in ROWS:
+                        for connections in CONNECTIONS:
+                            result = load(asked, port, inputs[:rows], connections)
+                            found.append(
+                                {"what": title, "rows": rows, "connections": connections, **result}
+                            )
                 asked = Server(server.command, "/uncertainty")
                 for connections in CONNECTIONS:
                     result = load(asked, port, inputs[:1], connections)
@@ -106,7 +117,7 @@ def peers() -> dict[str, Server]:
         ),
         "MLServer": Server(
             [str(PEERS / "mlserver/bin/mlserver"), "start", str(here / "mlserver")],
-            route="/v2/models/digits/infer",
+            route=PROTOCOL,
             v2=True,
             environment={
                 "MLSERVER_HTTP_PORT": "PORT",
@@ -124,7 +135,7 @@ def peers() -> dict[str, Server]:
                 *["--backend-directory", str(PEERS / "triton/backends")],
                 *["--http-port", "PORT", "--allow-grpc=false", "--allow-metrics=false"],
             ],
-            route="/v2/models/digits/infer",
+            route=PROTOCOL,
             v2=True,
             environment={
                 "PATH": f"{PEERS / 'triton/bin'}:{os.environ['PATH']}",
@@ -227,7 +238,17 @@ def body(server: Server, inputs: list[Any]) -> bytes:
     if not server.v2:
         return json.dumps({"inputs": inputs}).encode()
     tensor = {"name": "x", "shape": [len(inputs), len(inputs[0])], "datatype": "FP32"}
+    if server.binary:
+        return json_head(tensor, inputs) + np.asarray(inputs, "<f4").tobytes()
     return json.dumps({"inputs": [tensor | {"data": np.ravel(inputs).tolist()}]}).encode()
+
+
+def json_head(tensor: dict[str, Any], inputs: list[Any]) -> bytes:
+    """Write the JSON that a binary tensor follows, and ask for the answer as one."""
+    parameters = {"binary_data_size": 4 * np.size(inputs)}
+    wanted = {"name": "probabilities", "parameters": {"binary_data": True}}
+    document = {"inputs": [tensor | {"parameters": parameters}], "outputs": [wanted]}
+    return json.dumps(document).encode()
 
 
 def probabilities(answer: Any) -> Any:
@@ -240,13 +261,15 @@ def probabilities(answer: Any) -> Any:
 def load(server: Server, port: int, inputs: list[Any], connections: int) -> timing.Row:
     """Send one request over and over from the last core; return rates and latencies."""
     file = network.FOLDER / "body.json"
-    file.write_bytes(body(server, inputs))
+    content = body(server, inputs)
+    file.write_bytes(content)
+    length = str(len(content) - 4 * np.size(inputs)) if server.binary else ""
     wrk = ["wrk", "--threads", "1", "--connections", str(connections)]
     wrk += ["--duration", f"{SECONDS}s", "--timeout", "10s", "--script", str(HERE / "post.lua")]
     last_core = str(max(os.sched_getaffinity(0)))
     done = subprocess.run(
         ["taskset", "-c", last_core, *wrk, f"http://127.0.0.1:{port}{server.route}"],
-        env=os.environ | {"BODY": str(file)},
+        env=os.environ | {"BODY": str(file), "JSON_LENGTH": length},
         capture_output=True,
         text=True,
         check=True,

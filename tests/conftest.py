@@ -114,7 +114,7 @@ def wait_for_url(process: subprocess.Popen[bytes], log: int) -> str:
 
 def events(log: str) -> list[dict[str, Any]]:
     """Read the service's log, every line of which is a JSON object."""
-    return [json.loads(line) for line in log.splitlines() if line]
+    return [json.loads(line) for line in log.split("\n") if line]
 
 
 def memory(client: httpx.Client, field: str) -> int:

@@ -9,14 +9,13 @@ import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api import body, inference, management, openapi, problems
-from app.api.endpoint import CLIENT_LEFT, Endpoint, Reply
+from app.api import body, inference, management, openapi, problems, reply
+from app.api.endpoint import CLIENT_LEFT, Endpoint
 from app.api.gate import Gate, Headers
 from app.api.schemas import Alive, Live, PredictRequest, Readiness, Ready, UncertaintyRequest
 from app.errors import Overloaded
@@ -104,7 +103,8 @@ class Application:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[problems.REQUEST_ID] = call.id
+                name = (b"x-request-id", call.id.encode())
+                message["headers"] = [*message.get("headers", ()), name]
             await send(message)
 
         try:
@@ -121,11 +121,10 @@ class Application:
         scope[problems.CALL] = call = self.gate.enter(
             scope["method"], UNKNOWN, dict(scope["headers"])
         )
-        response = problems.respond(scope, Overloaded("too many connections are open", 1))
+        answer = problems.respond(scope, Overloaded("too many connections are open", 1))
         call.rejected = "connections"
-        response.headers[problems.REQUEST_ID] = call.id
-        await response(scope, receive, send)
-        self.gate.leave(call, response.status_code)
+        await reply.send(send, answer, call.id)
+        self.gate.leave(call, answer.status)
 
     def refused(self, status: int) -> str:
         """Take note of a request that was refused for its form; return the id it is given."""
@@ -283,10 +282,9 @@ def json_response(answer: Answer, status: int = 200) -> Response:
     return Response(orjson.dumps(answer), status, media_type="application/json")
 
 
-def json_reply(answer: Answer) -> Reply:
+def json_reply(answer: Answer) -> reply.Reply:
     """Write an answer that may hold arrays."""
-    content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Reply(content, [(b"content-type", b"application/json")])
+    return reply.json(200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def query(request: UncertaintyRequest) -> Query:

@@ -6,26 +6,20 @@ times what all of this does; benchmarks/README.md has the figures.
 
 import asyncio
 from collections.abc import Callable
-from typing import Generic, NamedTuple
+from typing import Generic
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from app.api import body, problems
+from app.api import body, problems, reply
 from app.api.gate import Gate, Headers
 from app.api.leaving import Leaving
+from app.api.reply import Reply
 from app.errors import Overloaded
 from app.keys import Scope as KeyScope
 from app.service import Answered, Service, Steps
 
 CLIENT_LEFT = 499  # as nginx logs it
-
-
-class Reply(NamedTuple):
-    """The body of an answer, and its headers."""
-
-    content: bytes
-    headers: list[tuple[bytes, bytes]]
 
 
 class Endpoint(Generic[Answered]):
@@ -78,9 +72,9 @@ class Endpoint(Generic[Answered]):
             self.service.queue.check()
             content = await body.read(headers, receive, self.max_body_bytes)
             work = self.service.answer(self.steps(scope, headers, content), call)
-            reply = self.write(await self.leaving.watch(receive, work))
-            status = 200
-            await send_reply(send, reply, call.id)
+            answer = self.write(await self.leaving.watch(receive, work))
+            status = answer.status
+            await reply.send(send, answer, call.id)
         except ClientDisconnect:
             # Nobody is there to be answered.
             return
@@ -88,22 +82,10 @@ class Endpoint(Generic[Answered]):
             if isinstance(error, asyncio.CancelledError):
                 # By the server, which has waited long enough to end.
                 error = Overloaded("the service ended before the answer was ready", 1)
-            response = problems.respond(scope, error)
-            status = response.status_code
-            response.headers[problems.REQUEST_ID] = call.id
-            await response(scope, receive, send)
+            answer = problems.respond(scope, error)
+            status = answer.status
+            await reply.send(send, answer, call.id)
             if status == problems.UNEXPECTED:
                 raise
         finally:
             self.gate.leave(call, status)
-
-
-async def send_reply(send: Send, reply: Reply, name: str) -> None:
-    """Send the answer to the request of some name."""
-    headers = [
-        *reply.headers,
-        (b"content-length", str(len(reply.content)).encode()),
-        (b"x-request-id", name.encode()),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": reply.content})

@@ -20,10 +20,10 @@ from fastapi.params import Depends as Dependency
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from app.api import tensors
-from app.api.endpoint import Reply
+from app.api import reply, tensors
 from app.api.gate import Headers
 from app.api.problems import BodyError
+from app.api.reply import Reply
 from app.api.schemas import (
     ModelDescription,
     ModelReadiness,
@@ -104,9 +104,9 @@ def infer(
 def write(written: Written) -> Reply:
     """Put an answer into a reply."""
     if written.length is None:
-        return Reply(written.content, [(b"content-type", b"application/json")])
+        return reply.json(200, written.content)
     length = (LENGTH, str(written.length).encode())
-    return Reply(written.content, [(b"content-type", b"application/octet-stream"), length])
+    return Reply(200, written.content, [(b"content-type", b"application/octet-stream"), length])
 
 
 def header_length(headers: Headers) -> int | None:

@@ -12,7 +12,7 @@ from fastapi.params import Depends as Dependency
 
 from app.api import body
 from app.api.schemas import IndexRequest, LoadRequest, VersionState
-from app.errors import InputError
+from app.errors import InputError, LoadError
 from app.group import Group
 from app.models import Models
 
@@ -66,7 +66,10 @@ def router(models: Models, group: Group, guard: Dependency) -> APIRouter:
         if asked.parameters:
             # Triton would take a model's files from here.
             raise InputError("parameters", "none are allowed: models come from the models folder")
-        await group.ask(Load(name), models.unloaded - {name})
+        await group.change(Load(name))
+        # Only now: whatever is refused here, the others are to load the rest too.
+        if faults := "; ".join(models.faults(name)):
+            raise LoadError(faults)
         return Response()
 
     @routes.post(
@@ -75,7 +78,7 @@ def router(models: Models, group: Group, guard: Dependency) -> APIRouter:
     async def unload(name: str, request: Request) -> Response:
         """Serve a model no more; requests under way are answered."""
         await read(request, LoadRequest)
-        await group.ask(Unload(name), models.unloaded | {name})
+        await group.change(Unload(name))
         return Response()
 
     return routes

@@ -4,7 +4,6 @@ Under /v2 they are as the Open Inference Protocol has them: ``{"error": ...}``, 
 body's content is not allowed.
 """
 
-import uuid
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from app.api.reply import Reply
 from app.call import Call
 from app.errors import (
     DeadlineExceeded,
@@ -28,13 +28,13 @@ from app.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 PROTOCOL = "/v2"
-REQUEST_ID = "x-request-id"
 # Where a request's ``Call`` stands in its scope.
 CALL = "dropserve.call"
 # A body chooses the names of its fields, and could choose long ones and many.
 MOST_ERRORS = 20
 LONGEST_PATH = 200
 UNEXPECTED = 500
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class BodyError(Exception):
@@ -44,6 +44,18 @@ class BodyError(Exception):
         super().__init__(detail)
         self.status = status
         self.detail = detail
+
+
+REFUSALS = (
+    BodyError,
+    InputError,
+    UnknownModel,
+    LoadError,
+    Overloaded,
+    DeadlineExceeded,
+    Unauthorized,
+    Forbidden,
+)
 
 
 class Fault(NamedTuple):
@@ -99,41 +111,53 @@ def invalid(errors: Sequence[tuple[str, str]]) -> Fault:
     return Fault(422, f"{path}: {message}{more}", errors=errors[:MOST_ERRORS])
 
 
-def respond(scope: Scope, error: Exception) -> Response:
+def respond(scope: Scope, error: Exception) -> Reply:
     """Write the answer of a request that met an error."""
     found = fault(error)
-    call: Call | None = scope.get(CALL)
-    if call:
-        call.rejected = found.rejected
+    call: Call = scope[CALL]
+    call.rejected = found.rejected
     if scope["path"].startswith(PROTOCOL):
         status = 400 if found.status == 422 else found.status
-        body = orjson.dumps({"error": found.detail})
-        return Response(body, status, dict(found.headers), "application/json")
-    name = call.id if call else uuid.uuid4().hex
-    return problem(found, name)
+        return Reply(
+            status,
+            orjson.dumps({"error": found.detail}),
+            [(b"content-type", b"application/json"), *raw(found.headers)],
+        )
+    return problem(found, call.id)
 
 
-def problem(found: Fault, name: str) -> Response:
+def problem(found: Fault, name: str) -> Reply:
     """Write a problem document for the request of some name."""
     document: dict[str, object] = {
         "type": "about:blank",
-        "title": HTTPStatus(found.status).phrase,
+        "title": PHRASES[found.status],
         "status": found.status,
         "detail": found.detail,
         "request_id": name,
     }
     if found.errors:
         document["errors"] = [{"path": path, "message": message} for path, message in found.errors]
-    headers = {**found.headers, REQUEST_ID: name}
-    return Response(orjson.dumps(document), found.status, headers, MEDIA_TYPE)
+    return Reply(
+        found.status,
+        orjson.dumps(document),
+        [(b"content-type", MEDIA_TYPE.encode()), *raw(found.headers)],
+    )
+
+
+def raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Write headers as ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def register(app: FastAPI) -> None:
     """Teach an app to answer with problem documents what no endpoint answers."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return respond(request.scope, error)
+        reply = respond(request.scope, error)
+        response = Response(reply.content, reply.status)
+        response.raw_headers += reply.headers
+        return response
 
-    for kind in (HTTPException, UnknownModel, LoadError, Unauthorized, Forbidden, BodyError):
+    # By name: what is left to ``Exception`` is raised again once it is answered.
+    for kind in (HTTPException, ValidationError, *REFUSALS, Exception):
         app.add_exception_handler(kind, handle)
-    app.add_exception_handler(Exception, handle)

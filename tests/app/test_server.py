@@ -566,7 +566,7 @@ def test_a_second_signal_ends_at_once(drain_delay: float, second: signal.Signals
 
 def test_bytes_and_connections_that_the_kernel_holds_are_answered() -> None:
     # Stopped, the process reads and accepts nothing while the requests and the signal come.
-    with running() as server, ExitStack() as stack:
+    with running(connections=200) as server, ExitStack() as stack:
         kept = [stack.enter_context(server.connect()) for _ in range(20)]
         for client in kept:
             client.sendall(HEALTH)

@@ -37,11 +37,11 @@ class Toy:
     def __init__(self, folder: Path, door: socket.socket, start: Start) -> None:
         self.folder = folder
         self.door = door
-        self.remembered = start.remembered
+        self.given = start.state
         self.added = 0
         self.hangups = 0
         self.stops = 0
-        self.group = Group(self.handle, start.link, self.stop)
+        self.group = Group(self.handle, start.link, self.stop, lambda: self.added)
 
     async def handle(self, question: object) -> object:
         """Answer a question, as each worker does."""
@@ -70,7 +70,7 @@ class Toy:
             "pid": pid,
             "added": self.added,
             "hangups": self.hangups,
-            "remembered": self.remembered,
+            "given": self.given,
         }
 
     async def wait_for(self, name: str) -> None:
@@ -105,13 +105,16 @@ class Toy:
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Ask what a test asks."""
-        question, remember = json.loads(await reader.readline())
+        question, change = json.loads(await reader.readline())
         try:
-            replies = await self.group.ask(question, remember)
+            if change:
+                await self.group.change(question)
+                answer: object = None
+            else:
+                answer = (await self.group.ask(question))._asdict()
         except Exception as error:
-            writer.write(json.dumps(repr(error)).encode())
-        else:
-            writer.write(json.dumps(replies._asdict()).encode())
+            answer = repr(error)
+        writer.write(json.dumps(answer).encode())
         writer.close()
 
 
@@ -202,12 +205,12 @@ class Service:
         (new,) = set(self.pids()) - set(before)
         return new
 
-    def ask(self, pid: int, *question: object, remember: object = None) -> Any:
-        """Have a worker ask all; return its replies, or what it is raised as text."""
+    def ask(self, pid: int, *question: object, change: bool = False) -> Any:
+        """Have a worker ask or change all; return its replies, or what it is raised as text."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(PATIENCE)
             client.connect(str(self.folder / str(pid)))
-            client.sendall(json.dumps([question, remember]).encode() + b"\n")
+            client.sendall(json.dumps([question, change]).encode() + b"\n")
             return json.loads(b"".join(iter(lambda: client.recv(2**16), b"")))
 
     def added(self, pid: int) -> dict[int, int]:
@@ -273,8 +276,9 @@ def test_one_worker_without_a_parent_answers_alone() -> None:
     async def handle(question: object) -> object:
         return ["answer", question]
 
-    group = Group(handle, None, lambda: None)
-    assert asyncio.run(group.ask("question", "remember")) == ([["answer", "question"]], None, 0)
+    group = Group(handle, None, lambda: None, lambda: None)
+    assert asyncio.run(group.ask("question")) == ([["answer", "question"]], None, 0)
+    asyncio.run(group.change("question"))
 
 
 def test_where_the_parent_is_gone_no_question_is_left_waiting() -> None:
@@ -284,7 +288,7 @@ def test_where_the_parent_is_gone_no_question_is_left_waiting() -> None:
     async def scenario() -> None:
         orphaned = asyncio.Event()
         parent, link = socket.socketpair()
-        group = Group(handle, link, orphaned.set)
+        group = Group(handle, link, orphaned.set, lambda: None)
         group.start()
         under_way = asyncio.create_task(group.ask("question"))
         await asyncio.sleep(0)
@@ -354,10 +358,10 @@ def test_a_hangup_reaches_each_worker_once_even_from_a_terminal(shared: Service)
     assert [answer["hangups"] for answer in shared.ask(asker)["answers"]] == [1, 1, 1]
 
 
-def test_what_goes_wrong_after_a_hangup_is_logged_by_the_workers(shared: Service) -> None:
+def test_what_goes_wrong_after_a_hangup_is_logged(shared: Service) -> None:
     fail = shared.make("fail")
     shared.parent.send_signal(signal.SIGHUP)
-    wait_for(lambda: shared.log.read_text().count("LoadError: no luck") == 3)
+    wait_for(lambda: "cannot do what SIGHUP asks: no luck" in shared.log.read_text())
     fail.unlink()
 
 
@@ -366,24 +370,45 @@ def test_a_worker_that_dies_is_replaced_and_what_it_had_counted_is_kept(
 ) -> None:
     service = serve(3)
     first, second, third = service.wait_for_workers(3)
-    service.ask(first, "add", 5, remember=["cats"])
+    service.ask(first, "add", 5, change=True)
+    service.ask(second, "hangup")
     # An answer that is not to be kept leaves the one before it.
     service.ask(second, "pid")
     new = service.replace(first)
     replies = service.ask(second)
     assert (replies["gone"], replies["deaths"]) == (5, 1)
-    assert {
-        answer["pid"]: (answer["added"], answer["remembered"]) for answer in replies["answers"]
-    } == {
+    assert {answer["pid"]: (answer["added"], answer["given"]) for answer in replies["answers"]} == {
         second: (5, None),
         third: (5, None),
-        new: (0, ["cats"]),
+        new: (0, 5),
     }
     service.ask(new, "add", 1)
     service.replace(third)
     replies = service.ask(new)
     assert (replies["gone"], replies["deaths"]) == (11, 2)
     assert f"ERROR: worker {first} has ended with signal 9 (Killed)" in service.log.read_text()
+
+
+def test_changes_are_made_one_after_the_other_in_the_same_order(shared: Service) -> None:
+    pids = shared.pids()
+    with ThreadPoolExecutor(len(pids)) as pool:
+        waiting = pool.submit(shared.ask, pids[0], "wait for", "change", change=True)
+        wait_for(lambda: not waiting.done())
+        later = [pool.submit(shared.ask, pid, "hangup", change=True) for pid in pids[1:]]
+        before = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
+        assert not any(each.done() for each in later)
+        shared.make("change")
+        for each in (waiting, *later):
+            each.result()
+    (after,) = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
+    assert before == {after - 2}
+
+
+def test_what_one_refuses_to_change_no_other_is_asked_to(shared: Service) -> None:
+    asker, *_ = shared.pids()
+    before = shared.added(asker)
+    assert "refuses" in shared.ask(asker, "add", 7, asker, change=True)
+    assert shared.added(asker) == before
 
 
 def test_a_worker_that_dies_or_is_stuck_is_left_out_of_an_answer(

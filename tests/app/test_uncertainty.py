@@ -38,6 +38,11 @@ def test_probabilities_are_in_bounds_and_sum_to_1(z: Samples) -> None:
     np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-6)
 
 
+def test_softmax_of_logits_further_apart_than_float32_reaches() -> None:
+    logits = np.array([[3e38, -3e38, 3e38]], np.float32)
+    np.testing.assert_array_equal(uncertainty.softmax(logits), [[0.5, 0, 0.5]])
+
+
 def test_softmax_by_value() -> None:
     p = uncertainty.softmax(np.array([[0, math.log(2), math.log(5)]], np.float32))
     np.testing.assert_allclose(p, [[1 / 8, 2 / 8, 5 / 8]], rtol=1e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.conftest import children, service, wait_for
@@ -70,7 +71,7 @@ def test_while_it_drains_readiness_says_so_and_requests_are_still_taken(
 def test_what_was_taken_is_answered_and_then_it_ends(
     built: Path, examples: Examples, workers: str
 ) -> None:
-    inputs = (examples("digits") * 10)[:60]
+    inputs = (examples("digits") * 10)[:20]
     body = {"model": "digits", "inputs": inputs, "passes": 10_000, "seed": 1}
     with service(built / "models", DROPSERVE_WORKERS=workers) as client:
         url = f"{client.base_url}/uncertainty"
@@ -82,7 +83,9 @@ def test_what_was_taken_is_answered_and_then_it_ends(
             answers = [each.result() for each in asked]
         answered = time.monotonic()
         assert {answer.status_code for answer in answers} == {200}
-        assert len({str(answer.json()["mean"]) for answer in answers}) == 1
+        first, *others = (np.array(answer.json()["mean"]) for answer in answers)
+        for other in others:
+            np.testing.assert_allclose(other, first, atol=1e-5)
         wait_for(ended(client))
         assert time.monotonic() - answered < 3
 

@@ -129,17 +129,24 @@ def test_workers_share_a_port_and_one_that_dies_is_replaced(
 ) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:2], "seed": 5}
     expected = served.post("/uncertainty", json=body).json()
+
+    def check(answer: Any) -> None:
+        # Workers may cut a query into other pieces, whose products round differently.
+        assert answer.keys() == expected.keys()
+        np.testing.assert_allclose(answer["mean"], expected["mean"], atol=1e-5)
+        np.testing.assert_allclose(answer["std"], expected["std"], atol=1e-5)
+
     with service(built / "models", DROPSERVE_WORKERS="2") as client:
         pid = int(client.headers["x-test-pid"])
         wait_for(lambda: len(children(pid)) == 2)
         url = f"{client.base_url}/uncertainty"
         for _ in range(10):
-            assert httpx.post(url, json=body, timeout=PATIENCE).json() == expected
+            check(httpx.post(url, json=body, timeout=PATIENCE).json())
         first, _ = children(pid)
         os.kill(first, 9)
         wait_for(lambda: len(children(pid) - {first}) == 2)
         for _ in range(10):
-            assert httpx.post(url, json=body, timeout=PATIENCE).json() == expected
+            check(httpx.post(url, json=body, timeout=PATIENCE).json())
 
 
 @pytest.mark.parametrize("threads", [1, 3])

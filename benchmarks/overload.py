@@ -1,0 +1,322 @@
+"""What do 400 connections make of a queue of 64 rows? ``make overload``.
+
+The issue asks: only 200 and 503; the live probe answers within 0.5 s throughout; the p99 of what is
+accepted stays under 3 times the unloaded p99 plus the queue's own worth; memory returns.
+
+- *unloaded*: one kept connection, one prediction of a row after the other.
+- *saturated*: 32 kept connections, each asking again as soon as it has its answer, none refused.
+  The seconds per answer are those of a row; the queue's own worth is 64 times that.
+- *patient*: 400 kept connections, all opened at once. After a 200 a client asks again at once;
+  after a 503 it waits as long as Retry-After says, and up to half as long again by chance, so that
+  those who were refused together do not come back together.
+- *impatient*: the same, but a client asks again at once after a 503, too.
+
+Latency is from writing a request to having its whole answer, as the client sees it, from the first
+request on. The service has one core, the clients (one process, on uvloop) the other. The live
+probe is a new connection each tenth of a second, from the same process.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import uvloop
+
+from benchmarks import network, timing
+
+QUEUE_ROWS = 64
+CONNECTIONS, SATURATING = 400, 32
+SECONDS = 10.0
+PROBE_SECONDS = 0.1
+# Given to memory to come back.
+REST_SECONDS = 2.0
+START_SECONDS = 60
+# Of the pipe that the service logs into: it must not wait for who reads it.
+PIPE_BYTES = 2**20
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@dataclass
+class Running:
+    """A service that runs: its process, its port, and the errors it has logged."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    errors: list[str]
+
+    def memory(self) -> float:
+        """Return resident memory in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found
+        return int(found[1]) * 1024 / 1e6
+
+
+@contextmanager
+def served(models: Path, core: int | None = None, **environment: str) -> Iterator[Running]:
+    """Run the service on the CPU, on one core if that is given, until the block ends."""
+    command = [sys.executable, "-m", "app", "--models", str(models), "--port", "0"]
+    pinned = [] if core is None else ["taskset", "-c", str(core)]
+    process = subprocess.Popen(
+        pinned + command,
+        env=os.environ | {"DROPSERVE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | environment,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr
+    log = process.stderr.fileno()
+    fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    running = Running(process, 0, [])
+    listening = threading.Event()
+
+    def follow() -> None:
+        rest = b""
+        while content := os.read(log, PIPE_BYTES):
+            *lines, rest = (rest + content).split(b"\n")
+            if not listening.is_set():
+                found = re.search(rb"listening on http://127\.0\.0\.1:(\d+)", b"\n".join(lines))
+                if found:
+                    running.port = int(found[1])
+                    listening.set()
+            # Most of the log is a line a request, which says nothing here.
+            if b'"level":"error"' in content or not listening.is_set():
+                running.errors += [line.decode() for line in lines if b'"level":"info"' not in line]
+        listening.set()
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    try:
+        listening.wait(START_SECONDS)
+        if not running.port:
+            raise RuntimeError(f"no service: {running.errors}")
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+@dataclass
+class Load:
+    """What came of a load: seconds of each answer by status, of each live probe, and memory."""
+
+    answers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    lost: int = 0
+    live: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    # One answer of each status other than 200, whole.
+    seen: dict[int, bytes] = field(default_factory=dict)
+
+    def percentile(self, share: float) -> float:
+        """Return the seconds within which so many per cent of the accepted were answered."""
+        return float(np.percentile(self.answers[200], share))
+
+
+class Client(asyncio.Protocol):
+    """A kept connection over which one request is sent again and again.
+
+    Parameters
+    ----------
+    request
+        Whole, head and body.
+    patient
+        Whether it waits after a 503.
+    end
+        When to ask no more, by the loop's clock.
+    load
+        Where answers are noted.
+    """
+
+    def __init__(self, request: bytes, patient: bool, end: float, load: Load) -> None:
+        self.request = request
+        self.patient = patient
+        self.end = end
+        self.load = load
+        self.loop = asyncio.get_running_loop()
+        self.done = self.loop.create_future()
+        self.received = b""
+        self.asked: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        # uvloop's is no subclass.
+        self.transport = cast(asyncio.Transport, transport)
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request, unless it is time to end."""
+        if self.loop.time() >= self.end:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.asked = time.perf_counter()
+            self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note an answer once it is whole, and go on."""
+        self.received += data
+        head, _, body = self.received.partition(b"\r\n\r\n")
+        if len(body) < header(head, b"content-length", 1):
+            return
+        assert self.asked is not None
+        status = int(head[9:12])
+        self.load.answers[status].append(time.perf_counter() - self.asked)
+        if status != 200:
+            self.load.seen.setdefault(status, self.received)
+        self.received, self.asked = b"", None
+        if status == 503 and self.patient:
+            wait = header(head, b"retry-after", 1) * random.uniform(1, 1.5)
+            self.loop.call_later(min(wait, max(0, self.end - self.loop.time())), self.ask)
+        else:
+            self.ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End; what was asked and not answered is lost."""
+        self.load.lost += self.asked is not None
+        self.done.set_result(None)
+
+
+def header(head: bytes, name: bytes, default: int) -> int:
+    """Return a header that is a whole number."""
+    _, found, rest = head.lower().partition(name + b": ")
+    return int(rest.partition(b"\r\n")[0]) if found else default
+
+
+async def load(
+    port: int,
+    request: bytes,
+    connections: int,
+    seconds: float,
+    *,
+    patient: bool = True,
+    memory: Callable[[], float] = lambda: 0.0,
+) -> Load:
+    """Send a request over and over; probe the service meanwhile, and read its memory."""
+    found = Load()
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    watching = asyncio.create_task(watch(port, end, found, memory))
+    made = [
+        loop.create_connection(lambda: Client(request, patient, end, found), "127.0.0.1", port)
+        for _ in range(connections)
+    ]
+    clients = [client for _, client in await asyncio.gather(*made)]
+    await asyncio.wait_for(asyncio.gather(*[client.done for client in clients]), seconds + 60)
+    await watching
+    return found
+
+
+async def watch(port: int, end: float, found: Load, memory: Callable[[], float]) -> None:
+    """Ask whether the service lives, and read its memory, until the end."""
+    loop = asyncio.get_running_loop()
+    while loop.time() < end:
+        found.live.append(await probe(port))
+        found.memory.append(memory())
+        await asyncio.sleep(PROBE_SECONDS)
+
+
+async def probe(port: int) -> float:
+    """Return how long the live probe takes, from connecting to having its answer."""
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(LIVE)
+    answer = await reader.read()
+    writer.close()
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        raise RuntimeError(f"the live probe is answered with {answer[:100]!r}")
+    return time.perf_counter() - start
+
+
+def post(path: str, document: object) -> bytes:
+    """Write a request."""
+    body = json.dumps(document).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def main() -> None:
+    models = network.models()
+    examples = json.loads((models / "digits" / "1" / "examples.json").read_text())
+    request = post("/predict", {"inputs": [examples[0]["input"]]})
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {last})
+    rows = measure(models, request, first, SECONDS)
+    timing.report(__file__, f"One core each ({timing.machine()})", rows)
+    sys.exit(0 if all(row.get("holds") in ("yes", None) for row in rows) else 1)
+
+
+def measure(models: Path, request: bytes, core: int | None, seconds: float) -> list[timing.Row]:
+    """Load the service in each way, and say what came of it."""
+    rows: list[timing.Row] = []
+
+    def loaded(port: int, connections: int, **options: Any) -> Load:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(load(port, request, connections, seconds, **options))
+
+    with served(models, core) as running:
+        loaded(running.port, SATURATING)  # to warm up
+        unloaded = loaded(running.port, 1)
+        saturated = loaded(running.port, SATURATING)
+    rows += [
+        row("unloaded", 1, unloaded, seconds),
+        row("saturated", SATURATING, saturated, seconds),
+    ]
+    worth = QUEUE_ROWS * seconds / len(saturated.answers[200])
+    allowed = 3 * unloaded.percentile(99) + worth
+    for patient in (True, False):
+        with served(models, core, DROPSERVE_QUEUE_ROWS=str(QUEUE_ROWS)) as running:
+            loaded(running.port, SATURATING)
+            before = running.memory()
+            found = loaded(running.port, CONNECTIONS, patient=patient, memory=running.memory)
+            time.sleep(REST_SECONDS)
+            after = running.memory()
+        name = "patient" if patient else "impatient"
+        holds = found.percentile(99) < allowed and max(found.live) < 0.5
+        rows.append(
+            row(name, CONNECTIONS, found, seconds)
+            | {
+                "p99 allowed, ms": 1000 * allowed,
+                "holds": "yes" if holds else "no",
+                "MB before": before,
+                "MB at most": max(found.memory),
+                "MB after": after,
+            }
+        )
+    return rows
+
+
+def row(name: str, connections: int, found: Load, seconds: float) -> dict[str, Any]:
+    """Return what every load has in the table."""
+    statuses = {
+        f"{status}/s": len(each) / seconds for status, each in sorted(found.answers.items())
+    }
+    return {
+        "clients": name,
+        "connections": connections,
+        **statuses,
+        "lost": found.lost,
+        "p50 of 200, ms": 1000 * found.percentile(50),
+        "p99 of 200, ms": 1000 * found.percentile(99),
+        "slowest live probe, ms": 1000 * max(found.live),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Bundles that tests make of those that are built: copied under another name, changed, broken."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def rewrite(place: Path, **change: object) -> None:
+    """Write a manifest that is true of the files beside it, with something changed."""
+    path = place / "manifest.json"
+    manifest = json.loads(path.read_text())
+    sums = {
+        name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in manifest["files"]
+    }
+    if not change:
+        change = {"files": sums}
+    path.write_text(json.dumps(manifest | change))
+
+
+def publish(source: Path, place: Path, **change: object) -> None:
+    """Copy a bundle to ``models/NAME/VERSION``, whole or not at all as an export does.
+
+    What is there already is replaced.
+    """
+    staging = place.parents[1] / f".staging-{place.parent.name}-{place.name}"
+    shutil.copytree(source, staging)
+    rewrite(staging, name=place.parent.name, version=int(place.name), **change)
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    staging.rename(place)
+
+
+def change_a_file(place: Path) -> None:
+    file = place / "stochastic.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+
+
+def cut_the_manifest(place: Path) -> None:
+    file = place / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def spoil_the_graph(place: Path) -> None:
+    (place / "predict.onnx").write_bytes(b"no graph")
+    rewrite(place)
+
+
+def spoil_the_examples(place: Path) -> None:
+    (place / "examples.json").write_text('[{"input": [1, 2, 3]}]')
+    rewrite(place)
+
+
+# Ways to break a bundle, and what is said of it then.
+BROKEN: dict[Callable[[Path], None], str] = {
+    change_a_file: "stochastic.onnx has changed: its SHA-256 is ",
+    cut_the_manifest: "manifest.json is no JSON object with a schema_version",
+    spoil_the_graph: "predict.onnx does not load",
+    spoil_the_examples: "it does not answer its own examples: ",
+}
