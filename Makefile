@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table predict-http mc-passes scaling startup-memory gpu
 
-.PHONY: run setup test test-slow check format bench bench-peers $(BENCHMARKS) lock
+.PHONY: run setup test test-slow check format bench bench-peers soak overload $(BENCHMARKS) lock
 run: models/digits
 	DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -40,6 +40,9 @@ format: setup
 	$(PYTHON) -m ruff check --fix .
 
 bench: $(BENCHMARKS)
+
+soak overload: setup
+	$(PYTHON) -m benchmarks.$@
 
 $(BENCHMARKS): setup
 	$(PYTHON) -m benchmarks.$(subst -,_,$@)

@@ -1,0 +1,442 @@
+"""Does the service answer rightly, and keep its memory, for as long as it runs? ``make soak``.
+
+The issue asks of 20 minutes of mixed load: no wrong answer, no lost one, resident memory growth
+under 5 %. All at once, over and over:
+
+- predictions, as JSON and as binary tensors, passes with fixed seeds, and queries of 10,000 passes;
+- clients that hang up within a body, after it, and while a long query runs;
+- bodies that dribble in, and bodies that are wrong in every way that has a status of its own;
+- every ten seconds a new version of the model, of two kinds in turn whose answers differ, and the
+  oldest gone: by the Open Inference Protocol's ``load`` and by SIGHUP in turn;
+- the live probe, each tenth of a second, over a connection of its own.
+
+Every answer is held against that of the version it names, asked once before. Memory is the median
+of the second tenth of the time, held against that of the last.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+
+from app.api import tensors
+from benchmarks import network, timing
+from benchmarks.overload import PROBE_SECONDS, post, probe, served
+
+SECONDS = 1200.0
+RELOAD_SECONDS = 10.0
+# Clients of each kind, and the pause of each between two requests.
+CLIENTS, PAUSE_SECONDS = 3, 0.02
+LONG_PAUSE_SECONDS = 2.0
+# What growth is allowed, in per cent, and how far answers of other batch sizes may differ.
+GROWTH, TOLERANCE = 5.0, 1e-5
+# Versions in the folder at a time.
+VERSIONS = 2
+PROBE_LIMIT_SECONDS = 0.5
+
+Json = dict[str, Any]
+
+
+class Question(NamedTuple):
+    """What is asked, and under what name the answer holds the numbers to compare."""
+
+    kind: str
+    path: str
+    document: Json
+    answer: str
+
+
+class Broken(NamedTuple):
+    """A request that is to be refused, and how."""
+
+    content: bytes
+    status: int
+    path: str = "/predict"
+
+
+class Findings:
+    """What came of all requests."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.statuses: dict[str, Counter[int]] = defaultdict(Counter)
+        self.wrong: list[str] = []
+        self.lost: list[str] = []
+        self.live: list[float] = []
+        self.memory: list[tuple[float, float]] = []
+        self.reloads = 0
+
+    def note(self, kind: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.statuses[kind][status] += 1
+        self.seconds[kind].append(seconds)
+
+    def growth(self, seconds: float) -> tuple[float, float]:
+        """Return the memory in MB after warming up, and how much of it was added, in per cent."""
+        begin = [size for at, size in self.memory if 0.1 <= at / seconds < 0.2]
+        end = [size for at, size in self.memory if at / seconds >= 0.9]
+        first, last = statistics.median(begin), statistics.median(end)
+        return first, 100 * (last / first - 1)
+
+
+def check(found: Findings, kind: str, given: Json, expected: Json | None, name: str) -> None:
+    """Note a wrong answer: not that of the version it names, or of none that there was."""
+    if expected is None:
+        found.wrong.append(f"{kind}: answered by version {given.get('version')}")
+        return
+    if not np.allclose(given[name], expected[name], atol=TOLERANCE):
+        found.wrong.append(f"{kind}: version {given.get('version')} answers otherwise")
+
+
+class Soak:
+    """A load on one service.
+
+    Parameters
+    ----------
+    url
+        Of the service.
+    pid
+        Its process.
+    models
+        Its models folder, which holds version 1 of ``digits``.
+    kinds
+        Two bundles, of which the versions are in turn; version 1 is of the first.
+    rows
+        Rows to ask for.
+    """
+
+    def __init__(
+        self, url: str, pid: int, models: Path, kinds: Sequence[Path], rows: Sequence[Any]
+    ) -> None:
+        self.url = httpx.URL(url)
+        self.pid = pid
+        self.models = models
+        self.kinds = kinds
+        self.questions = questions(rows)
+        self.broken = broken(rows[0])
+        self.found = Findings()
+        self.client = httpx.AsyncClient(
+            base_url=url, timeout=60, limits=httpx.Limits(max_connections=64)
+        )
+        # By kind of bundle (version modulo two) and question.
+        self.expected: dict[tuple[int, int], Json] = {}
+        self.newest = 1
+
+    async def run(self, seconds: float, memory: Callable[[], float]) -> Findings:
+        """Load the service for some time."""
+        await self.learn()
+        start = time.monotonic()
+        self.end = start + seconds
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(CLIENTS):
+                tasks.create_task(self.over_and_over(self.ask, number))
+                tasks.create_task(self.over_and_over(self.ask_binary, number))
+                tasks.create_task(self.over_and_over(self.send_broken, number))
+                tasks.create_task(self.over_and_over(self.hang_up, number))
+            tasks.create_task(self.over_and_over(self.dribble, 0))
+            tasks.create_task(self.over_and_over(self.ask_long, 0, LONG_PAUSE_SECONDS))
+            tasks.create_task(self.over_and_over(self.publish, 0, RELOAD_SECONDS))
+            tasks.create_task(self.watch(start, memory))
+        await self.client.aclose()
+        return self.found
+
+    async def learn(self) -> None:
+        """Ask each kind of bundle every question once; nothing else is asked meanwhile."""
+        for _ in self.kinds:
+            for number, question in enumerate(self.questions):
+                answer = await self.client.post(question.path, json=question.document)
+                self.expected[self.newest % 2, number] = answer.raise_for_status().json()
+            await self.publish(random.Random(0))
+
+    async def over_and_over(
+        self,
+        work: Callable[[random.Random], Awaitable[None]],
+        seed: int,
+        pause: float = PAUSE_SECONDS,
+    ) -> None:
+        """Do something until the end; what gets no answer is lost."""
+        chance = random.Random(f"{work.__name__} {seed}")
+        while time.monotonic() < self.end:
+            try:
+                await work(chance)
+            except (httpx.HTTPError, OSError) as error:
+                self.found.lost.append(f"{work.__name__}: {error!r}")
+            await asyncio.sleep(min(pause, max(0.0, self.end - time.monotonic())))
+
+    async def ask(self, chance: random.Random) -> None:
+        """Ask a question as JSON."""
+        number = chance.randrange(len(self.questions) - 1)
+        await self.ask_one(number)
+
+    async def ask_long(self, _: random.Random) -> None:
+        """Ask for 10,000 passes."""
+        await self.ask_one(len(self.questions) - 1)
+
+    async def ask_one(self, number: int) -> None:
+        """Ask a question, and compare the answer."""
+        question = self.questions[number]
+        began = time.monotonic()
+        answer = await self.client.post(question.path, json=question.document)
+        self.found.note(question.kind, answer.status_code, time.monotonic() - began)
+        if answer.status_code != 200:
+            self.found.wrong.append(f"{question.kind}: {answer.text[:200]}")
+            return
+        given = answer.json()
+        expected = self.expected.get((given["version"] % 2, number))
+        check(self.found, question.kind, given, expected, question.answer)
+
+    async def ask_binary(self, chance: random.Random) -> None:
+        """Ask for a prediction by binary tensors."""
+        number = chance.randrange(len(self.questions) - 1)
+        question = self.questions[number]
+        if question.path != "/predict":
+            return
+        x = np.asarray(question.document["inputs"], np.float32).reshape(-1, 64)
+        content, length = tensors.write({}, [("x", x, True)])
+        # An answer is written as a request is, but for the name of the list.
+        head = json.loads(content[:length])
+        head = json.dumps(
+            {
+                "inputs": head["outputs"],
+                "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
+            }
+        ).encode()
+        began = time.monotonic()
+        answer = await self.client.post(
+            "/v2/models/digits/infer",
+            content=head + x.astype("<f4").tobytes(),
+            headers={"inference-header-content-length": str(len(head))},
+        )
+        self.found.note("infer, binary", answer.status_code, time.monotonic() - began)
+        if answer.status_code != 200:
+            self.found.wrong.append(f"infer: {answer.text[:200]}")
+            return
+        length = int(answer.headers["inference-header-content-length"])
+        given = json.loads(answer.content[:length])
+        values = np.frombuffer(answer.content, "<f4", offset=length).reshape(len(x), -1)
+        version = int(given["model_version"])
+        expected = self.expected.get((version % 2, number))
+        named = {"version": version, "probabilities": values}
+        check(self.found, "infer", named, expected, "probabilities")
+
+    async def send_broken(self, chance: random.Random) -> None:
+        """Send what is to be refused."""
+        each = chance.choice(self.broken)
+        began = time.monotonic()
+        answer = await self.client.post(
+            each.path, content=each.content, headers={"content-type": "application/json"}
+        )
+        self.found.note("broken", answer.status_code, time.monotonic() - began)
+        if answer.status_code != each.status:
+            self.found.wrong.append(f"broken: {answer.status_code}, not {each.status}")
+
+    async def hang_up(self, chance: random.Random) -> None:
+        """Leave before there is an answer."""
+        request = post(self.questions[-1].path, self.questions[-1].document)
+        whole = chance.random() < 0.5
+        reader, writer = await self.connect()
+        writer.write(request if whole else request[: chance.randrange(len(request))])
+        await asyncio.sleep(chance.choice((0, 0.01, 0.1)))
+        writer.close()
+        del reader
+        self.found.statuses["hung up"][0] += 1
+
+    async def dribble(self, chance: random.Random) -> None:
+        """Send a request in pieces."""
+        number = chance.randrange(len(self.questions) - 1)
+        question = self.questions[number]
+        request = post(question.path, question.document)
+        reader, writer = await self.connect()
+        began = time.monotonic()
+        for start in range(0, len(request), max(1, len(request) // 10)):
+            writer.write(request[start : start + max(1, len(request) // 10)])
+            await asyncio.sleep(0.02)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        given = json.loads(await reader.readexactly(length))
+        writer.close()
+        self.found.note("dribbled", int(head[9:12]), time.monotonic() - began)
+        expected = self.expected.get((given.get("version", 0) % 2, number))
+        check(self.found, "dribbled", given, expected, question.answer)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection."""
+        return await asyncio.open_connection(self.url.host, self.url.port or 80)
+
+    async def publish(self, _: random.Random) -> None:
+        """Write the next version, take the oldest away, and have both noticed."""
+        version = self.newest + 1
+        model = self.models / "digits"
+        staging = self.models / f".staging-{version}"
+        await asyncio.to_thread(shutil.copytree, self.kinds[(version + 1) % 2], staging)
+        manifest = json.loads((staging / "manifest.json").read_text())
+        manifest |= {"name": "digits", "version": version}
+        (staging / "manifest.json").write_text(json.dumps(manifest))
+        staging.rename(model / str(version))
+        if version > VERSIONS:
+            await asyncio.to_thread(shutil.rmtree, model / str(version - VERSIONS))
+        if version % 4 < 2:
+            answer = await self.client.post("/v2/repository/models/digits/load")
+            answer.raise_for_status()
+        else:
+            signal_process(self.pid)
+            while await self.served() != version:
+                await asyncio.sleep(0.05)
+        self.newest = version
+        self.found.reloads += 1
+
+    async def served(self) -> int:
+        """Return the newest version that is served."""
+        answer = await self.client.get("/health/ready")
+        versions: list[int] = answer.raise_for_status().json()["models"]["digits"]
+        return versions[-1]
+
+    async def watch(self, start: float, memory: Callable[[], float]) -> None:
+        """Ask whether the service lives, and read its memory."""
+        while (now := time.monotonic()) < self.end:
+            self.found.memory.append((now - start, memory()))
+            self.found.live.append(await probe(self.url.port or 80))
+            await asyncio.sleep(PROBE_SECONDS)
+
+
+def signal_process(pid: int) -> None:
+    """Have a service read its models folder."""
+    import os
+
+    os.kill(pid, signal.SIGHUP)
+
+
+def questions(rows: Sequence[Any]) -> list[Question]:
+    """Return what is asked; the last is long."""
+    found = [
+        Question("predict", "/predict", {"model": "digits", "inputs": list(rows[:count])}, answer)
+        for count, answer in ((1, "probabilities"), (3, "probabilities"), (8, "probabilities"))
+    ]
+    for seed, passes in ((1, 10), (2, 100), (3, 500)):
+        document = {"model": "digits", "inputs": list(rows[:2]), "passes": passes, "seed": seed}
+        found.append(Question("uncertainty", "/uncertainty", document, "mean"))
+    document = {"model": "digits", "inputs": list(rows[:5]), "passes": 10_000, "seed": 4}
+    return [*found, Question("long", "/uncertainty", document, "mean")]
+
+
+def broken(row: Any) -> list[Broken]:
+    """Return what is to be refused."""
+    good = {"model": "digits", "inputs": [row]}
+
+    def text(**change: object) -> bytes:
+        return json.dumps(good | change).encode()
+
+    return [
+        Broken(b"", 400),
+        Broken(b'{"inputs": [[1, 2', 400),
+        Broken(b'{"inputs": [[NaN]], "model": "digits"}', 400),
+        Broken(b"[" * 5000, 400),
+        Broken(text(inputs=[[1.0]]), 422),
+        Broken(text(inputs=[["x"] * 64]), 422),
+        Broken(text(colour="red"), 422),
+        Broken(text(model="none"), 404),
+        Broken(text(version=999_999), 404),
+        Broken(text(passes=0), 422, "/uncertainty"),
+        Broken(text(passes=10**9), 422, "/uncertainty"),
+        Broken(text(), 404, "/debug/mc"),
+        Broken(b" " * (5 * 2**20), 413),
+    ]
+
+
+def soak(kinds: Sequence[Path], rows: Sequence[Any], seconds: float) -> tuple[Findings, list[Any]]:
+    """Load a service of its own; return what came of it, and the errors that it logged.
+
+    Parameters
+    ----------
+    kinds
+        Two bundles of digits whose answers differ.
+    rows
+        Rows to ask for, at least eight.
+    seconds
+        How long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder)
+        shutil.copytree(kinds[0], models / "digits" / "1")
+        manifest = models / "digits" / "1" / "manifest.json"
+        document = json.loads(manifest.read_text()) | {"name": "digits", "version": 1}
+        manifest.write_text(json.dumps(document))
+        with served(models) as running:
+            url = f"http://127.0.0.1:{running.port}"
+            load = Soak(url, running.process.pid, models, kinds, rows)
+            found = asyncio.run(load.run(seconds, running.memory))
+        return found, running.errors
+
+
+def report(found: Findings, seconds: float) -> list[timing.Row]:
+    """Return a row for each kind of request, and one for the service."""
+    rows: list[timing.Row] = []
+    for kind, statuses in sorted(found.statuses.items()):
+        times = found.seconds.get(kind)
+        rows.append(
+            {
+                "what": kind,
+                "requests": statuses.total(),
+                "statuses": ", ".join(map(str, sorted(statuses))),
+                "p50 ms": 1000 * float(np.percentile(times, 50)) if times else None,
+                "p99 ms": 1000 * float(np.percentile(times, 99)) if times else None,
+            }
+        )
+    memory, growth = found.growth(seconds)
+    rows.append(
+        {
+            "what": "all",
+            "requests": sum(statuses.total() for statuses in found.statuses.values()),
+            "wrong": len(found.wrong),
+            "lost": len(found.lost),
+            "reloads": found.reloads,
+            "slowest live probe, ms": 1000 * max(found.live),
+            "MB": memory,
+            "growth, %": growth,
+        }
+    )
+    return rows
+
+
+def faults(found: Findings, errors: Sequence[str], seconds: float) -> list[str]:
+    """Say what is not as it should be."""
+    _, growth = found.growth(seconds)
+    says = [f"wrong: {each}" for each in found.wrong[:5]]
+    says += [f"lost: {each}" for each in found.lost[:5]]
+    says += [f"logged: {each}" for each in errors[:5] if '"level":"error"' in each]
+    if growth >= GROWTH:
+        says.append(f"memory grew by {growth:.1f} %")
+    if max(found.live) >= PROBE_LIMIT_SECONDS:
+        says.append(f"the live probe took {max(found.live):.2f} s")
+    return says
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("--seconds", type=float, default=SECONDS)
+    seconds = command.parse_args().seconds
+    kinds = [network.models(width) / "digits" / "1" for width in (256, 64)]
+    examples = json.loads((kinds[0] / "examples.json").read_text())
+    found, errors = soak(kinds, [each["input"] for each in examples], seconds)
+    title = f"{seconds:.0f} s ({timing.machine()})"
+    timing.report(__file__, title, report(found, seconds))
+    says = faults(found, errors, seconds)
+    print("\n".join(says) or "nothing is wrong or lost")
+    sys.exit(1 if says else 0)
+
+
+if __name__ == "__main__":
+    main()
