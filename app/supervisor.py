@@ -189,17 +189,26 @@ class Supervisor:
     async def fill(self) -> None:
         """Keep one worker running: when it dies, another in its place."""
         while not self.stopping.is_set():
-            try:
-                worker = self.start()
-            except OSError as error:
-                # No memory or no process is to be had for the moment; the others go on meanwhile.
-                log.error("a worker cannot be started: %s", error)
-            else:
+            worker = await self.start()
+            if worker:
                 await self.end(worker)
             await self.pause()
 
-    def start(self) -> Worker:
-        """Start a worker."""
+    async def start(self) -> Worker | None:
+        """Start a worker, or say in the log why that cannot be done."""
+        # Within a change it would be given what was served before, and not be asked to change.
+        async with self.changing:
+            if self.stopping.is_set():
+                return None
+            try:
+                return self.spawn()
+            except OSError as error:
+                # No memory or no process is to be had for the moment; the others go on meanwhile.
+                log.error("a worker cannot be started: %s", error)
+                return None
+
+    def spawn(self) -> Worker:
+        """Start a worker, which serves what the others do."""
         ours, theirs = socket.socketpair()
         start = Start(theirs, self.state)
         # It is a daemon so that none is left, and waited for, should this process fail.
@@ -307,7 +316,7 @@ class Supervisor:
             try:
                 answers[worker] = await worker.line.ask(question, self.answer_seconds)
             except Unanswered as error:
-                log.error("worker %d is left out of an answer: %s", worker.process.pid, error)
+                log.error("worker %d is left out of an answer: %s", worker.pid, error)
             else:
                 self.note(worker, answers[worker])
 

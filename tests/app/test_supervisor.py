@@ -51,6 +51,9 @@ class Toy:
                 if pid in refusing:
                     raise LoadError(f"{pid} refuses")
                 self.added += number
+            case ["add after", int(number), str(name)]:
+                await self.wait_for(name)
+                self.added += number
             case ["hangup"]:
                 self.hangups += 1
                 if (self.folder / "fail").exists():
@@ -74,6 +77,7 @@ class Toy:
         }
 
     async def wait_for(self, name: str) -> None:
+        (self.folder / f"{name} is waited for").touch()
         while not (self.folder / name).exists():
             await asyncio.sleep(0.01)
 
@@ -389,19 +393,40 @@ def test_a_worker_that_dies_is_replaced_and_what_it_had_counted_is_kept(
     assert f"ERROR: worker {first} has ended with signal 9 (Killed)" in service.log.read_text()
 
 
-def test_changes_are_made_one_after_the_other_in_the_same_order(shared: Service) -> None:
+def test_changes_are_made_one_after_the_other(shared: Service) -> None:
     pids = shared.pids()
     with ThreadPoolExecutor(len(pids)) as pool:
-        waiting = pool.submit(shared.ask, pids[0], "wait for", "change", change=True)
-        wait_for(lambda: not waiting.done())
-        later = [pool.submit(shared.ask, pid, "hangup", change=True) for pid in pids[1:]]
+        first = pool.submit(shared.ask, pids[0], "wait for", "change", change=True)
+        wait_for((shared.folder / "change is waited for").exists)
         before = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
-        assert not any(each.done() for each in later)
+        later = [pool.submit(shared.ask, pid, "hangup", change=True) for pid in pids[1:]]
+        # Questions that change nothing do not wait; by then the others are known to the parent.
+        for pid in pids:
+            answers = shared.ask(pid, "look")["answers"]
+            assert {answer["hangups"] for answer in answers} == before
         shared.make("change")
-        for each in (waiting, *later):
+        for each in (first, *later):
             each.result()
-    (after,) = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
-    assert before == {after - 2}
+    after = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
+    assert after == {hangups + 2 for hangups in before}
+
+
+def test_who_replaces_a_worker_that_died_within_a_change_serves_what_the_others_do(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    service.ask(asker, "add", 5, change=True)
+    with ThreadPoolExecutor(1) as pool:
+        change = pool.submit(service.ask, asker, "add after", 7, "go", change=True)
+        wait_for((service.folder / "go is waited for").exists)
+        os.kill(other, signal.SIGKILL)
+        wait_for(lambda: f"worker {other} has ended" in service.log.read_text())
+        service.make("go")
+        change.result()
+    _, new = sorted(service.wait_for_workers(2), key=lambda pid: pid != asker)
+    given = {answer["pid"]: answer["given"] for answer in service.ask(asker)["answers"]}
+    assert given == {asker: None, new: 12}
 
 
 def test_what_one_refuses_to_change_no_other_is_asked_to(shared: Service) -> None:
