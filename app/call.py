@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from app.errors import DeadlineExceeded
 from app.trace import Trace
 
+# What a client may ask an answer to be waited for.
+MAX_TIMEOUT_MS = 3_600_000
+
 
 @dataclass(slots=True)
 class Call:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.api.gate import MAX_TIMEOUT_MS
+from app.call import MAX_TIMEOUT_MS
 from app.cpus import available
 from app.service import QUEUE_ROWS
 

@@ -220,7 +220,8 @@ def create(
     application = Application(endpoints, inferring, rest, gate, origins)
 
     def guard(scope: KeyScope | None) -> Any:
-        def check(request: Request) -> None:
+        # A plain function would be called in a thread.
+        async def check(request: Request) -> None:
             headers = dict(request.scope["headers"])
             gate.check(request.scope[problems.CALL], headers, scope)
 

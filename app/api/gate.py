@@ -9,7 +9,7 @@ from itertools import count
 
 from app import trace
 from app.api.problems import BodyError
-from app.call import Call
+from app.call import MAX_TIMEOUT_MS, Call
 from app.errors import Forbidden
 from app.keys import Keys, Scope
 from app.logs import RequestLog
@@ -20,7 +20,6 @@ Headers = Mapping[bytes, bytes]
 
 # A request's own id is repeated only where it can do no harm in a header or a log.
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-MAX_TIMEOUT_MS = 3_600_000
 DIGITS = re.compile(rb"[0-9]{1,7}")
 
 
