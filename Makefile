@@ -9,7 +9,7 @@ BENCHMARKS := scaling-table predict-http mc-passes scaling startup-memory gpu
 
 .PHONY: run setup test test-slow check format bench bench-peers soak overload $(BENCHMARKS) lock
 run: models/digits
-	DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
+	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
 models/digits: runs/digits
 	$(PYTHON) -m export runs/digits --models models
