@@ -1,7 +1,7 @@
 """Serve bundles over HTTP: predictions, and how sure the network is of them.
 
 A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (queue, steps, answer)
--> ``models`` (what is served) -> ``batching`` (which requests share a run, and where it is made) ->
+-> ``models``, ``model`` (what is served) -> ``batching`` (which requests share a run, and where it is made) ->
 ``runs`` (their rows and passes in one array) -> ``engine`` (onnxruntime) -> ``uncertainty``
 (statistics). ``worker`` puts together what one process serves; ``supervisor`` and ``group`` make
 one service of several. Nothing here imports torch.

@@ -1,4 +1,4 @@
-"""The models that are served: each an engine and the runs that requests share; found by name.
+"""The models that are served, by name and version; loaded, replaced and unloaded while they are.
 
 They come from the models folder when the service starts, and while it runs: a version that is new
 there is read, checked, tried on its own examples and only then put in place, between two requests.
@@ -8,29 +8,21 @@ it is answered.
 
 import asyncio
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
-
-from app import batching, repository, runs
-from app.batching import Batcher
+from app import repository, runs
 from app.device import PROVIDERS, Device
 from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
 from app.masks import MaskStream
-from app.rows import rows_from_lists
-from app.runs import Draw, Inputs, Prediction, Statistics
+from app.model import Model
+from app.runs import Draw
 from app.turns import Turns
-from app.uncertainty import Samples
 from export.bundle import BundleError
 
-# How long a piece of long work should take: what short work may have to wait for.
-PIECE_SECONDS = 0.02
 # Passes of each example that a bundle is tried with.
 TRIAL_PASSES = 10
 # What may come of loading a version.
@@ -54,126 +46,6 @@ class Served(NamedTuple):
 
     versions: dict[str, tuple[int, ...]]
     unloaded: frozenset[str]
-
-
-class Shared(NamedTuple):
-    """A step: a job for a run that other requests may share."""
-
-    batcher: Batcher[Any, Any]
-    job: object
-    size: int
-
-
-class Aside(NamedTuple):
-    """A step: work that is long, and not a run."""
-
-    work: Callable[[], object]
-
-
-# What a step is sent depends on the step, so no one type says it.
-Part = Generator[Shared | Aside, Any, Any]
-
-
-class Model:
-    """An engine, and the runs that requests share.
-
-    A request that takes more than a piece of long work is made in pieces, whose runs take turns
-    with those of others.
-    """
-
-    def __init__(self, engine: Engine, turns: Turns) -> None:
-        self.engine = engine
-        self.manifest = engine.manifest
-        self.names = self.manifest.outputs.labels
-        self.row_length = math.prod(self.manifest.input.shape)
-        self.classification = self.manifest.task == "classification"
-        # Who answers.
-        self.identity: dict[str, object] = {
-            "model": self.manifest.name,
-            "version": self.manifest.version,
-        }
-        predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
-        # As requests bring them, since the time it takes to read rows counts.
-        rows = np.zeros((1, *self.manifest.input.shape)).tolist()
-        stream = MaskStream(0, self.manifest.sites)
-        most = runs.most_at_once(self.manifest.values_per_row)
-        pace = batching.measure(lambda sizes: predict([rows * size for size in sizes]), most)
-        self.piece_of_rows = piece(pace, most)
-        self.predictions = Batcher(predict, pace, most, turns)
-        self.many_predictions = Batcher(predict, pace, self.piece_of_rows, turns, pieces=True)
-        most = runs.most_at_once(self.manifest.values_per_pass)
-        pace = batching.measure(
-            lambda sizes: draw(
-                # Each at a level of its own, so that nothing they cost is shared.
-                [
-                    Draw(rows, stream, range(1), range(size), 1 / (2 + number))
-                    for number, size in enumerate(sizes)
-                ]
-            ),
-            most,
-        )
-        self.piece_of_passes = piece(pace, most)
-        self.draws = Batcher(draw, pace, most, turns)
-        self.many_draws = Batcher(draw, pace, self.piece_of_passes, turns, pieces=True)
-
-    def labels(self, largest: list[int]) -> list[str]:
-        """Name the likeliest class of each row."""
-        return [self.names[place] for place in largest]
-
-    def deterministic(self, inputs: Inputs) -> Part:
-        """Run eval mode; give a ``Prediction`` of all rows."""
-        if len(inputs) <= self.piece_of_rows:
-            return (yield Shared(self.predictions, inputs, len(inputs)))
-        outputs, largest = [], []
-        x = yield from self.read(inputs)
-        for rows in runs.pieces(len(x), self.piece_of_rows):
-            some = x[rows.start : rows.stop]
-            part = yield Shared(self.many_predictions, some, len(rows))
-            outputs.append(part.outputs)
-            largest += part.largest
-        return Prediction(runs.joined(outputs), largest)
-
-    def read(self, inputs: Inputs) -> Part:
-        """Give rows of more than one run as an array, so that faults are found before any run."""
-        if isinstance(inputs, list):
-            shape = self.manifest.input.shape
-            return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
-        return inputs
-
-    def sample(self, inputs: Inputs, stream: MaskStream, passes: int, level: float | None) -> Part:
-        """Run train-mode passes; give each group of rows' samples, or their summary.
-
-        A group holds as many rows as fit one run with all their passes. A row with more passes
-        than that is a group of its own, run in pieces.
-        """
-        if len(inputs) * passes <= self.piece_of_passes:
-            draw = Draw(inputs, stream, range(len(inputs)), range(passes), level)
-            return [(yield Shared(self.draws, draw, draw.size))]
-        found = []
-        x = yield from self.read(inputs)
-        for rows in runs.pieces(len(x), max(1, self.piece_of_passes // passes)):
-            some_x = x[rows.start : rows.stop]
-            if len(rows) * passes <= self.piece_of_passes:
-                draw = Draw(some_x, stream, rows, range(passes), level)
-                found.append((yield Shared(self.many_draws, draw, draw.size)))
-                continue
-            parts = []
-            for some in runs.pieces(passes, self.piece_of_passes):
-                draw = Draw(some_x, stream, rows, some, None)
-                parts.append((yield Shared(self.many_draws, draw, draw.size)))
-            found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
-        return found
-
-    def finish(self, samples: Samples, level: float | None) -> Samples | Statistics:
-        """Summarise samples, where a level says so."""
-        return samples if level is None else runs.summarize(self.manifest, level, samples)
-
-
-def piece(pace: batching.Pace, most: int) -> int:
-    """Return how large a piece of long work is."""
-    if pace.unit <= 0:
-        return most
-    return max(1, min(most, int((PIECE_SECONDS - pace.run) / pace.unit)))
 
 
 def load(place: Path, device: Device, threads: int) -> Engine:

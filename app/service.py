@@ -23,10 +23,8 @@ from app import runs, uncertainty
 from app.call import Call
 from app.errors import InputError, Overloaded
 from app.masks import MaskStream
-
-# What a service is made of begins with this, so it is offered here, too.
-from app.models import Aside, Engines, Model, Models, Shared
-from app.models import load_engines as load_engines
+from app.model import Aside, Model, Shared
+from app.models import Engines, Models
 from app.rows import check_count
 from app.runs import Inputs, Statistics
 from app.turns import Turns

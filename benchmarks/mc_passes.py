@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from app.service import Query, Service, load_engines
+from app.models import load_engines
+from app.service import Query, Service
 from benchmarks import network, timing
 from export.trace import swap_dropouts
 from model import checkpoint

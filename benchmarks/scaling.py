@@ -20,7 +20,8 @@ from functools import partial
 
 import numpy as np
 
-from app.service import Query, Service, load_engines
+from app.models import load_engines
+from app.service import Query, Service
 from benchmarks import network, timing
 
 PASSES = (1, 10, 100, 1000, 10_000)

@@ -33,7 +33,7 @@ from app.api.schemas import (
 )
 from app.api.tensors import InferRequest, Wanted
 from app.errors import InputError, UnknownModel
-from app.models import Model
+from app.model import Model
 from app.runs import Rows
 from app.service import Query, Service, Steps
 from export.bundle import RESERVED_SUFFIX as MC

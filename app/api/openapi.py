@@ -29,7 +29,7 @@ from app.api.schemas import (
     ValuePrediction,
     ValueUncertainty,
 )
-from app.models import Model
+from app.model import Model
 from app.rows import BEYOND
 from app.service import Service
 from export.bundle import NAME_PATTERN, RESERVED_SUFFIX

@@ -8,7 +8,7 @@ import pytest
 from app import device, repository
 from app.engine import Engine
 from app.errors import DeviceUnavailable
-from app.service import load_engines
+from app.models import load_engines
 
 HAS_GPU = device.load_fault(device.DRIVER) is None
 

@@ -11,8 +11,8 @@ from app import runs
 from app.engine import Engine
 from app.errors import InputError
 from app.masks import MaskStream
+from app.models import load_engines
 from app.runs import Draw
-from app.service import load_engines
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
 from app.__main__ import main
-from app.service import Query, load_engines
+from app.models import load_engines
+from app.service import Query
 from app.settings import Settings
 from app.worker import Worker
 

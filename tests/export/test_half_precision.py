@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from app.service import Query, Service, load_engines
+from app.models import load_engines
+from app.service import Query, Service
 from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
 from export.__main__ import export
 from export.reference import TorchReference, VerificationError

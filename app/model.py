@@ -1,0 +1,143 @@
+"""A model that is served: an engine, and the runs that requests share.
+
+What a request needs of it are steps (see ``service``): generators that yield the runs they need.
+"""
+
+import math
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from app import batching, runs
+from app.batching import Batcher
+from app.engine import Engine
+from app.masks import MaskStream
+from app.rows import rows_from_lists
+from app.runs import Draw, Inputs, Prediction, Statistics
+from app.turns import Turns
+from app.uncertainty import Samples
+
+# How long a piece of long work should take: what short work may have to wait for.
+PIECE_SECONDS = 0.02
+
+
+class Shared(NamedTuple):
+    """A step: a job for a run that other requests may share."""
+
+    batcher: Batcher[Any, Any]
+    job: object
+    size: int
+
+
+class Aside(NamedTuple):
+    """A step: work that is long, and not a run."""
+
+    work: Callable[[], object]
+
+
+# What a step is sent depends on the step, so no one type says it.
+Part = Generator[Shared | Aside, Any, Any]
+
+
+class Model:
+    """An engine, and the runs that requests share.
+
+    A request that takes more than a piece of long work is made in pieces, whose runs take turns
+    with those of others.
+    """
+
+    def __init__(self, engine: Engine, turns: Turns) -> None:
+        self.engine = engine
+        self.manifest = engine.manifest
+        self.names = self.manifest.outputs.labels
+        self.row_length = math.prod(self.manifest.input.shape)
+        self.classification = self.manifest.task == "classification"
+        # Who answers.
+        self.identity: dict[str, object] = {
+            "model": self.manifest.name,
+            "version": self.manifest.version,
+        }
+        predict, draw = partial(runs.predict, engine), partial(runs.draw, engine)
+        # As requests bring them, since the time it takes to read rows counts.
+        rows = np.zeros((1, *self.manifest.input.shape)).tolist()
+        stream = MaskStream(0, self.manifest.sites)
+        most = runs.most_at_once(self.manifest.values_per_row)
+        pace = batching.measure(lambda sizes: predict([rows * size for size in sizes]), most)
+        self.piece_of_rows = piece(pace, most)
+        self.predictions = Batcher(predict, pace, most, turns)
+        self.many_predictions = Batcher(predict, pace, self.piece_of_rows, turns, pieces=True)
+        most = runs.most_at_once(self.manifest.values_per_pass)
+        pace = batching.measure(
+            lambda sizes: draw(
+                # Each at a level of its own, so that nothing they cost is shared.
+                [
+                    Draw(rows, stream, range(1), range(size), 1 / (2 + number))
+                    for number, size in enumerate(sizes)
+                ]
+            ),
+            most,
+        )
+        self.piece_of_passes = piece(pace, most)
+        self.draws = Batcher(draw, pace, most, turns)
+        self.many_draws = Batcher(draw, pace, self.piece_of_passes, turns, pieces=True)
+
+    def labels(self, largest: list[int]) -> list[str]:
+        """Name the likeliest class of each row."""
+        return [self.names[place] for place in largest]
+
+    def deterministic(self, inputs: Inputs) -> Part:
+        """Run eval mode; give a ``Prediction`` of all rows."""
+        if len(inputs) <= self.piece_of_rows:
+            return (yield Shared(self.predictions, inputs, len(inputs)))
+        outputs, largest = [], []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), self.piece_of_rows):
+            some = x[rows.start : rows.stop]
+            part = yield Shared(self.many_predictions, some, len(rows))
+            outputs.append(part.outputs)
+            largest += part.largest
+        return Prediction(runs.joined(outputs), largest)
+
+    def read(self, inputs: Inputs) -> Part:
+        """Give rows of more than one run as an array, so that faults are found before any run."""
+        if isinstance(inputs, list):
+            shape = self.manifest.input.shape
+            return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
+        return inputs
+
+    def sample(self, inputs: Inputs, stream: MaskStream, passes: int, level: float | None) -> Part:
+        """Run train-mode passes; give each group of rows' samples, or their summary.
+
+        A group holds as many rows as fit one run with all their passes. A row with more passes
+        than that is a group of its own, run in pieces.
+        """
+        if len(inputs) * passes <= self.piece_of_passes:
+            draw = Draw(inputs, stream, range(len(inputs)), range(passes), level)
+            return [(yield Shared(self.draws, draw, draw.size))]
+        found = []
+        x = yield from self.read(inputs)
+        for rows in runs.pieces(len(x), max(1, self.piece_of_passes // passes)):
+            some_x = x[rows.start : rows.stop]
+            if len(rows) * passes <= self.piece_of_passes:
+                draw = Draw(some_x, stream, rows, range(passes), level)
+                found.append((yield Shared(self.many_draws, draw, draw.size)))
+                continue
+            parts = []
+            for some in runs.pieces(passes, self.piece_of_passes):
+                draw = Draw(some_x, stream, rows, some, None)
+                parts.append((yield Shared(self.many_draws, draw, draw.size)))
+            found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
+        return found
+
+    def finish(self, samples: Samples, level: float | None) -> Samples | Statistics:
+        """Summarise samples, where a level says so."""
+        return samples if level is None else runs.summarize(self.manifest, level, samples)
+
+
+def piece(pace: batching.Pace, most: int) -> int:
+    """Return how large a piece of long work is."""
+    if pace.unit <= 0:
+        return most
+    return max(1, min(most, int((PIECE_SECONDS - pace.run) / pace.unit)))
