@@ -1,10 +1,10 @@
 """Serve bundles over HTTP: predictions, and how sure the network is of them.
 
 A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (queue, steps, answer)
--> ``models``, ``model`` (what is served) -> ``batching`` (which requests share a run, and where it is made) ->
-``runs`` (their rows and passes in one array) -> ``engine`` (onnxruntime) -> ``uncertainty``
-(statistics). ``worker`` puts together what one process serves; ``supervisor`` and ``group`` make
-one service of several. Nothing here imports torch.
+-> ``models``, ``model`` (what is served) -> ``batching`` (which requests share a run, and where it
+is made) -> ``runs`` (their rows and passes in one array) -> ``engine`` (onnxruntime) ->
+``uncertainty`` (statistics). ``worker`` puts together what one process serves; ``supervisor`` and
+``group`` make one service of several. Nothing here imports torch.
 
 Array shapes are written with these letters:
 
