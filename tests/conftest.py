@@ -125,6 +125,12 @@ def memory(client: httpx.Client, field: str) -> int:
     return int(found[1]) * 1024
 
 
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def children(pid: int) -> set[int]:
     """Return the worker processes of a service."""
     found = set()

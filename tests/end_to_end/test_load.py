@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import PATIENCE, children, service, wait_for
+from tests.conftest import PATIENCE, children, processor_seconds, service, wait_for
 
 Examples = Callable[[str], list[Any]]
 
@@ -23,12 +23,6 @@ def served(built: Path) -> Iterator[httpx.Client]:
     """A client of a service of its own, whose processor time no other test uses."""
     with service(built / "models") as client:
         yield client
-
-
-def processor_seconds(pid: int) -> float:
-    """Return the processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def long_query(examples: Examples) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,25 +163,43 @@ def test_each_request_is_a_line_in_the_log_that_says_what_it_took(
     assert log[another]["route"] == "/health/live"
 
 
-@pytest.mark.parametrize(
-    "traceparent",
-    [
-        "",
-        "00",
-        f"00-{TRACE}-{PARENT}",
-        f"00-{TRACE}-{PARENT}-01-more",
-        f"ff-{TRACE}-{PARENT}-01",
-        f"00-{'0' * 32}-{PARENT}-01",
-        f"00-{TRACE}-{'0' * 16}-01",
-        f"00-{TRACE.upper()}-{PARENT}-01",
-        "x" * 5000,
-    ],
-)
+NO_TRACES = [
+    "",
+    "00",
+    f"00-{TRACE}-{PARENT}",
+    f"00-{TRACE}-{PARENT}-01-more",
+    f"ff-{TRACE}-{PARENT}-01",
+    f"00-{'0' * 32}-{PARENT}-01",
+    f"00-{TRACE}-{'0' * 16}-01",
+    f"00-{TRACE.upper()}-{PARENT}-01",
+    "x" * 5000,
+]
+
+
 def test_a_traceparent_that_is_none_is_not_carried_on(
-    client: httpx.Client, traceparent: str
+    built: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    answer = client.get("/health/live", headers={"traceparent": traceparent})
-    assert answer.status_code == 200
+    good = [f"00-{TRACE}-{PARENT}-01", f"01-{TRACE}-{PARENT}-00-of a later version"]
+    with service(built / "models") as client:
+        for traceparent in NO_TRACES + good:
+            answer = client.get("/health/live", headers={"traceparent": traceparent})
+            assert answer.status_code == 200
+    lines = [each for each in events(capfd.readouterr().out) if each.get("route")]
+    assert ["trace_id" in line for line in lines] == [False] * len(NO_TRACES) + [True] * 2
+
+
+def test_a_request_that_is_refused_for_its_form_is_counted_and_logged_under_its_id(
+    built: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with service(built / "models", DROPSERVE_MAX_HEAD_BYTES="1024") as client:
+        long = client.get("/health/live", headers={"x-long": "x" * 2000})
+        assert long.status_code == 431
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as other:
+            other.sendall(b"no HTTP\r\n\r\n")
+            assert other.recv(4096).startswith(b"HTTP/1.1 400 ")
+        assert value(scrape(client), "dropserve_rejected_total", reason="head") == 2
+    lines = {each.get("request_id"): each for each in events(capfd.readouterr().out)}
+    assert lines[long.headers["x-request-id"]]["status"] == 431
 
 
 @contextmanager

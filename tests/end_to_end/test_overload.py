@@ -1,0 +1,161 @@
+"""More than the service can do: what does not fit is refused at once, and the rest is answered."""
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks import overload
+from tests.conftest import memory, processor_seconds, service, wait_for
+
+Examples = Callable[[str], list[Any]]
+CONNECTIONS, QUEUE_ROWS, SECONDS = 400, 64, 3.0
+
+
+@pytest.fixture(scope="module")
+def narrow(built: Path) -> Iterator[httpx.Client]:
+    """A client of a service with a small queue."""
+    with service(built / "models", DROPSERVE_QUEUE_ROWS=str(QUEUE_ROWS)) as client:
+        yield client
+
+
+def long_query(examples: Examples, rows: int = 100) -> dict[str, Any]:
+    """Return a query of 10,000 passes of each of some rows."""
+    inputs = (examples("digits") * 10)[:rows]
+    return {"model": "digits", "inputs": inputs, "passes": 10_000, "seed": 1}
+
+
+def held(client: httpx.Client) -> bool:
+    """Tell whether anything is being answered."""
+    return "dropserve_queue_rows 0.0" not in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["patient", "impatient"])
+def test_400_connections_get_200_or_503_and_the_live_probe_its_answer_throughout(
+    narrow: httpx.Client, examples: Examples, patient: bool
+) -> None:
+    body = {"model": "digits", "inputs": examples("digits")[:1]}
+    request = overload.post("/predict", body)
+    before = memory(narrow, "VmRSS")
+    found = asyncio.run(
+        overload.load(narrow.base_url.port or 80, request, CONNECTIONS, SECONDS, patient=patient)
+    )
+    assert found.lost == 0
+    assert found.answers.keys() == {200, 503}
+    assert len(found.answers[200]) > QUEUE_ROWS
+    assert max(found.live) < 0.5
+    head, _, content = found.seen[503].partition(b"\r\n\r\n")
+    assert b"content-type: application/problem+json" in head
+    assert overload.header(head, b"retry-after", 0) >= 1
+    assert b"the queue is full: rows x passes of all requests may be at most 64" in content
+    # All connections and what was read of them are gone again.
+    wait_for(lambda: memory(narrow, "VmRSS") < before + 30e6)
+    for _ in range(20):
+        assert narrow.post("/predict", json=body).status_code == 200
+
+
+def test_a_full_queue_is_an_error_of_the_protocol_under_v2(
+    narrow: httpx.Client, examples: Examples
+) -> None:
+    # Larger than the queue, it is taken since there is no other; the rest finds it full.
+    url = f"{narrow.base_url}/uncertainty"
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx.post, url, json=long_query(examples, 40), timeout=60)
+        wait_for(lambda: held(narrow))
+        answer = narrow.post("/v2/models/digits/infer", content=b"not even read")
+        assert (answer.status_code, answer.json().keys()) == (503, {"error"})
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert narrow.post("/predict", content=b"not even read").status_code == 503
+        assert narrow.get("/health/ready").status_code == 200
+        assert long.result().status_code == 200
+    assert narrow.post("/predict", content=b"not even read").status_code == 415
+
+
+def test_work_whose_deadline_has_passed_is_not_begun(built: Path, examples: Examples) -> None:
+    with service(built / "models") as client:
+        pid = int(client.headers["x-test-pid"])
+        whole = time.monotonic()
+        assert client.post("/uncertainty", json=long_query(examples)).status_code == 200
+        whole = time.monotonic() - whole
+        used = processor_seconds(pid)
+        headers = {"x-request-timeout-ms": "100"}
+        answer = client.post("/uncertainty", json=long_query(examples), headers=headers)
+        assert answer.status_code == 504
+        assert "not ready within 100 ms" in answer.json()["detail"]
+        time.sleep(whole / 2)
+        # A tenth of a second, and the piece that was under way, of what takes some seconds.
+        assert processor_seconds(pid) - used < whole / 2
+        assert not held(client)
+        protocol = client.post(
+            "/v2/models/digits.mc/infer",
+            json={
+                "inputs": [
+                    {
+                        "name": "x",
+                        "shape": [100, 64],
+                        "datatype": "FP32",
+                        "data": np.ravel(long_query(examples)["inputs"]).tolist(),
+                    }
+                ],
+                "parameters": {"passes": 10_000},
+            },
+            headers=headers,
+        )
+        assert (protocol.status_code, protocol.json().keys()) == (504, {"error"})
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "3600001", "9" * 5000])
+def test_a_deadline_that_is_no_number_of_milliseconds_is_a_400(
+    client: httpx.Client, value: str
+) -> None:
+    body = {"model": "digits", "inputs": [[0.0] * 64]}
+    answer = client.post("/predict", json=body, headers={"x-request-timeout-ms": value})
+    assert answer.status_code == 400
+    assert "must be a whole number from 1 to 3600000" in answer.json()["detail"]
+
+
+def test_the_default_deadline_is_the_settings(built: Path, examples: Examples) -> None:
+    with service(built / "models", DROPSERVE_TIMEOUT_MS="50") as client:
+        assert client.post("/uncertainty", json=long_query(examples)).status_code == 504
+        patient = {"x-request-timeout-ms": "60000"}
+        query = long_query(examples, 5)
+        assert client.post("/uncertainty", json=query, headers=patient).status_code == 200
+
+
+def test_short_requests_get_their_turn_between_the_pieces_of_a_long_query(
+    built: Path, examples: Examples
+) -> None:
+    body = {"model": "digits", "inputs": examples("digits")[:1], "passes": 100}
+    with service(built / "models") as client, ThreadPoolExecutor(1) as pool:
+        url = f"{client.base_url}/uncertainty"
+        began = time.monotonic()
+        long = pool.submit(httpx.post, url, json=long_query(examples), timeout=120)
+        wait_for(lambda: held(client))
+        waited = []
+        while not long.done():
+            asked = time.monotonic()
+            assert client.post("/uncertainty", json=body).status_code == 200
+            waited.append(time.monotonic() - asked)
+        assert long.result().status_code == 200
+        # Run behind one another, a single one would have filled the time.
+        assert len(waited) > 20
+        assert statistics.median(waited) < (time.monotonic() - began) / 20
+
+
+def test_a_client_that_leaves_makes_room_in_the_queue(
+    narrow: httpx.Client, examples: Examples
+) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{narrow.base_url}/uncertainty", json=long_query(examples), timeout=0.3)
+    wait_for(lambda: not held(narrow))
+    body = {"model": "digits", "inputs": examples("digits")[:1]}
+    statuses = Counter(narrow.post("/predict", json=body).status_code for _ in range(5))
+    assert statuses == {200: 5}
