@@ -17,6 +17,7 @@ of the second tenth of the time, held against that of the last.
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import signal
@@ -247,11 +248,10 @@ class Soak:
         """Leave before there is an answer."""
         request = post(self.questions[-1].path, self.questions[-1].document)
         whole = chance.random() < 0.5
-        reader, writer = await self.connect()
+        _, writer = await self.connect()
         writer.write(request if whole else request[: chance.randrange(len(request))])
         await asyncio.sleep(chance.choice((0, 0.01, 0.1)))
         writer.close()
-        del reader
         self.found.statuses["hung up"][0] += 1
 
     async def dribble(self, chance: random.Random) -> None:
@@ -314,8 +314,6 @@ class Soak:
 
 def signal_process(pid: int) -> None:
     """Have a service read its models folder."""
-    import os
-
     os.kill(pid, signal.SIGHUP)
 
 
