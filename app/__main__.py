@@ -66,10 +66,12 @@ def main() -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     many = "1 worker" if workers == 1 else f"{workers} workers"
     log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
-    if workers == 1:
-        Worker(settings, engines).serve(listener)
-        return 0
+    worker = Worker(settings, engines) if workers == 1 else None
+    # What is unloaded is to be let go of.
     del engines
+    if worker:
+        worker.serve(listener)
+        return 0
     return supervise(
         partial(serve_as_worker, settings, threads, listener),
         workers,

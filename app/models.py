@@ -9,11 +9,12 @@ it is answered.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from app import repository, runs
+from app import memory, repository, runs
 from app.device import PROVIDERS, Device
 from app.engine import Engine
 from app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
@@ -149,6 +150,15 @@ class Models:
         versions = {name: tuple(versions) for name, versions in self.served.items()}
         return Served(versions, frozenset(self.unloaded))
 
+    @asynccontextmanager
+    async def change(self) -> AsyncIterator[None]:
+        """Let one change after the other be made, and give back the memory that each took."""
+        async with self.changing:
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(memory.release)
+
     async def index(self) -> list[State]:
         """Say of every version that is served or in the models folder what became of it."""
         listed = await asyncio.to_thread(self.list)
@@ -176,7 +186,7 @@ class Models:
         LoadError
             If the folder cannot be read.
         """
-        async with self.changing:
+        async with self.change():
             listed = await asyncio.to_thread(self.list)
             if name not in listed:
                 there = ", ".join(listed) or "none"
@@ -192,7 +202,7 @@ class Models:
         UnknownModel
             If it is not served.
         """
-        async with self.changing:
+        async with self.change():
             self.versions(name)
             del self.served[name]
             self.unloaded.add(name)
@@ -206,7 +216,7 @@ class Models:
         LoadError
             If a version is refused, or the folder holds nothing: then all is served on.
         """
-        async with self.changing:
+        async with self.change():
             listed = await asyncio.to_thread(self.list)
             if not listed:
                 raise LoadError(f"the models folder {str(self.folder)!r} holds no bundle")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from app import logs, metrics, trace
+from app import logs, memory, metrics, trace
 from app.api import application
 from app.api.gate import Gate
 from app.api.management import Load, Unload
@@ -111,6 +111,7 @@ class Worker:
 
     def serve(self, listener: socket.socket) -> None:
         """Answer requests until the process is told to end and all are answered."""
+        memory.settle()
         self.server.run([listener])
         if self.spans:
             self.spans.close()
@@ -201,6 +202,8 @@ def serve_as_worker(
         only = start.state.versions if isinstance(start.state, Served) else None
         engines = load_engines(settings.models, settings.device, threads, only)
         worker = Worker(settings, engines, start)
+        # What is unloaded is to be let go of.
+        del engines
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         # Any other status would have the worker started again, in vain.
