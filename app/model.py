@@ -4,6 +4,7 @@ What a request needs of it are steps (see ``service``): generators that yield th
 """
 
 import math
+import time
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,8 +64,9 @@ class Model:
         # As requests bring them, since the time it takes to read rows counts.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
+        clock = time.thread_time if engine.device == "cpu" else time.perf_counter
         most = runs.most_at_once(self.manifest.values_per_row)
-        pace = batching.measure(lambda sizes: predict([rows * size for size in sizes]), most)
+        pace = batching.measure(lambda sizes: predict([rows * size for size in sizes]), most, clock)
         self.piece_of_rows = piece(pace, most)
         self.predictions = Batcher(predict, pace, most, turns)
         self.many_predictions = Batcher(predict, pace, self.piece_of_rows, turns, pieces=True)
@@ -78,6 +80,7 @@ class Model:
                 ]
             ),
             most,
+            clock,
         )
         self.piece_of_passes = piece(pace, most)
         self.draws = Batcher(draw, pace, most, turns)

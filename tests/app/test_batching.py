@@ -227,7 +227,7 @@ def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
         tried.append(sizes)
         threading.Event().wait(2 * ON_LOOP_SECONDS)
 
-    pace = measure(slow, most=100)
+    pace = measure(slow, 100, time.perf_counter)
     assert all(sizes == [1] for sizes in tried)
     assert pace.seconds(1, 1) > ON_LOOP_SECONDS
     assert pace.seconds(100, 1) > 50 * ON_LOOP_SECONDS
@@ -239,16 +239,39 @@ def test_what_a_run_costs_a_unit_and_a_job_is_told_apart() -> None:
         while time.perf_counter() < end:
             pass
 
-    pace = measure(run, most=1000)
+    pace = measure(run, 1000, time.perf_counter)
     # An estimate may be too high on a busy machine, and never much too low.
     assert pace.seconds(1, 1) >= 0.9 * 1.3e-4
     assert pace.seconds(100, 1) >= 0.9 * 1.12e-3
     assert pace.seconds(100, 100) >= 0.9 * 3.1e-3
 
 
+def test_a_thread_that_is_busy_beside_it_does_not_make_a_run_longer() -> None:
+    over = threading.Event()
+
+    def keep_busy() -> None:
+        while not over.is_set():
+            pass
+
+    def run(sizes: Sequence[int]) -> None:
+        end = time.thread_time() + 1e-5 * sum(sizes)
+        while time.thread_time() < end:
+            # Lets go of Python's lock, as onnxruntime does.
+            time.sleep(0)
+
+    busy = threading.Thread(target=keep_busy)
+    busy.start()
+    try:
+        pace = measure(run, 1000, time.thread_time)
+    finally:
+        over.set()
+        busy.join()
+    assert 0.9e-3 < pace.seconds(100, 1) < ON_LOOP_SECONDS
+
+
 def test_a_run_is_never_tried_larger_than_it_may_be() -> None:
     tried: list[Sequence[int]] = []
-    measure(tried.append, most=7)
+    measure(tried.append, 7, time.perf_counter)
     assert max(sum(sizes) for sizes in tried) == 7
 
 
