@@ -11,10 +11,10 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from app.api import problems
+from app.answering import Answering
+from app.api import problems, reply
 
 # So many connections more than allowed may still ask for health.
 CROWD = 64
@@ -58,7 +58,7 @@ class Limits:
     receive_seconds: float
 
 
-class Connection(HttpToolsProtocol):
+class Connection(Answering):
     """A client's connection to a `Server`, kept to some limits.
 
     Requests mostly come whole, in one call of `data_received`: these cost no timer.
@@ -77,7 +77,6 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.limits = limits
-        # Whether the next answer is the last.
         self.last = server_state.draining
         # The scope of the last request whose head is complete, and whether so is its body.
         self.headed: object = None
@@ -121,6 +120,7 @@ class Connection(HttpToolsProtocol):
         if self.deaf:
             return
         self.unused += len(data)
+        self.first = True
         try:
             while data:
                 try:
@@ -264,15 +264,7 @@ class Connection(HttpToolsProtocol):
         refused = getattr(self.config.loaded_app, "refused", None)
         name = refused(status) if refused and self.whole else uuid.uuid4().hex
         answer = problems.problem(problems.Fault(status, detail), name)
-        headers = [
-            *self.server_state.default_headers,
-            *answer.headers,
-            (b"content-length", str(len(answer.content)).encode()),
-            (b"x-request-id", name.encode()),
-            (b"connection", b"close"),
-        ]
-        head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, answer.content))
+        self.write(reply.named(answer, name), keep_alive=False)
         self.transport.write_eof()
         self.flow.resume_reading()
         self.timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)

@@ -67,6 +67,8 @@ class Application:
         self.openapi = rest.openapi
         self.draining = False
         self.answer: ASGIApp = self.route
+        # Whether answers get headers by the way.
+        self.cors = bool(origins)
         if origins:
             self.answer = CORSMiddleware(
                 self.route,
@@ -84,13 +86,21 @@ class Application:
         """Find who answers a request."""
         if scope["type"] != "http":
             return self.rest(scope, receive, send)
-        if scope["method"] == "POST":
-            endpoint = self.endpoints.get(scope["path"])
-            if endpoint is not None:
-                return endpoint(scope, receive, send)
-            if inference.PATH.fullmatch(scope["path"]):
-                return self.infer(scope, receive, send)
-        return self.other(scope, receive, send)
+        endpoint = self.find(scope)
+        return endpoint(scope, receive, send) if endpoint else self.other(scope, receive, send)
+
+    def find(self, scope: Scope) -> Endpoint[Any] | None:
+        """Return the endpoint that a request is for."""
+        if scope["method"] != "POST":
+            return None
+        if inference.PATH.fullmatch(scope["path"]):
+            return self.infer
+        return self.endpoints.get(scope["path"])
+
+    def at_once(self, scope: Scope) -> reply.Reply | None:
+        """Refuse a request whose head is there if there is no room for it; see ``Endpoint``."""
+        endpoint = self.find(scope)
+        return endpoint.at_once(scope) if endpoint and not self.cors else None
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that is for no endpoint."""

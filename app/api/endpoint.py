@@ -20,6 +20,8 @@ from app.keys import Scope as KeyScope
 from app.service import Answered, Service, Steps
 
 CLIENT_LEFT = 499  # as nginx logs it
+# Whether a request holds a place in the queue stands in its scope under this.
+PLACE = "dropserve.place"
 
 
 class Endpoint(Generic[Answered]):
@@ -62,8 +64,32 @@ class Endpoint(Generic[Answered]):
         self.max_body_bytes = max_body_bytes
         self.leaving = Leaving()
 
+    def at_once(self, scope: Scope) -> Reply | None:
+        """Refuse a request if the queue is full; else keep a row's place until it is begun.
+
+        A task for each of hundreds that are refused would keep those waiting that are not.
+        """
+        try:
+            self.service.queue.enter(1, 0.0)
+        except Overloaded as full:
+            error: Exception = full
+        else:
+            scope[PLACE] = True
+            return None
+        headers = dict(scope["headers"])
+        scope[problems.CALL] = call = self.gate.enter("POST", self.route, headers)
+        try:
+            self.gate.check(call, headers, self.key)
+        except problems.REFUSALS as refusal:
+            error = refusal
+        answer = problems.respond(scope, error)
+        self.gate.leave(call, answer.status)
+        return reply.named(answer, call.id)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope.pop(PLACE, False):
+            self.service.queue.leave(1, 0.0)
         headers = dict(scope["headers"])
         scope[problems.CALL] = call = self.gate.enter("POST", self.route, headers)
         status = CLIENT_LEFT

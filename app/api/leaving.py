@@ -43,12 +43,14 @@ class Leaving:
         ClientDisconnect
             If it does.
         """
-        task = asyncio.current_task()
-        assert task
-        self.new[task] = receive
         if not self.ticking:
             self.ticking = True
-            asyncio.get_running_loop().call_later(TICK_SECONDS, self.tick)
+            # Not asked for each request: Python 3.11 makes a system call of it.
+            self.loop = asyncio.get_running_loop()
+            self.loop.call_later(TICK_SECONDS, self.tick)
+        task = asyncio.current_task(self.loop)
+        assert task
+        self.new[task] = receive
         try:
             return await work
         except asyncio.CancelledError:
@@ -68,7 +70,7 @@ class Leaving:
         self.older, self.new = self.new, {}
         self.ticking = bool(self.older)
         if self.ticking:
-            asyncio.get_running_loop().call_later(TICK_SECONDS, self.tick)
+            self.loop.call_later(TICK_SECONDS, self.tick)
 
     async def cancel_when_left(self, task: Answering, receive: Receive) -> None:
         """Wait for a client to leave."""

@@ -8,7 +8,7 @@ JSON = b"application/json"
 
 
 class Reply(NamedTuple):
-    """An answer's status, body and headers, but for those that ``send`` adds."""
+    """An answer's status, body and headers, but for those that ``named`` adds."""
 
     status: int
     content: bytes
@@ -20,12 +20,15 @@ def json(status: int, content: bytes) -> Reply:
     return Reply(status, content, [(b"content-type", JSON)])
 
 
+def named(reply: Reply, name: str) -> Reply:
+    """Add the headers that every answer has; ``name`` is the request's."""
+    status, content, headers = reply
+    length = (b"content-length", str(len(content)).encode())
+    return Reply(status, content, [*headers, length, (b"x-request-id", name.encode())])
+
+
 async def send(to: Send, reply: Reply, name: str) -> None:
     """Send the answer to the request of some name."""
-    headers = [
-        *reply.headers,
-        (b"content-length", str(len(reply.content)).encode()),
-        (b"x-request-id", name.encode()),
-    ]
-    await to({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await to({"type": "http.response.body", "body": reply.content})
+    status, content, headers = named(reply, name)
+    await to({"type": "http.response.start", "status": status, "headers": headers})
+    await to({"type": "http.response.body", "body": content})

@@ -18,6 +18,9 @@ from typing import Any, TypedDict, Unpack
 import pytest
 import uvicorn
 
+from app.api import problems
+from app.api.reply import Reply
+from app.call import Call
 from app.connection import CROWD, Limits, connection_class
 from app.server import Server
 
@@ -27,6 +30,7 @@ WAIT_SECONDS = 10
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW_SECONDS = 0.45
+REFUSED = Call("POST", "/full", "id", 1, rejected="queue")
 TOO_LONG = "Request Header Fields Too Large"
 # Polls of 0.1 s and the wait for who has just connected, on a busy machine.
 SOON_SECONDS = 0.6
@@ -58,6 +62,9 @@ class Toy:
                 print("begun", flush=True)
                 await asyncio.sleep(SLOW_SECONDS if scope["path"] == "/slow" else 600)
                 await answer(send, 200, b"slow")
+            case "/full":
+                scope[problems.CALL] = REFUSED
+                await answer(send, 503, b"full")
             case "/early":
                 await answer(send, 200, b"early")
             case "/unread":
@@ -65,6 +72,12 @@ class Toy:
                 await echo(receive, send)
             case _:
                 await echo(receive, send)
+
+    def at_once(self, scope: Message) -> Reply | None:
+        if scope["path"] != "/full":
+            return None
+        scope[problems.CALL] = REFUSED
+        return Reply(503, b"full", [(b"content-length", b"4")])
 
     async def crowded(self, scope: Message, receive: Any, send: Any) -> None:
         await answer(send, 200 if scope["path"] == "/health" else 503, b"crowded")
@@ -437,6 +450,47 @@ def test_a_connection_whose_request_was_answered_early_serves_the_next(server: R
 
 def test_a_connection_whose_body_stays_out_after_the_answer_is_closed(server: Running) -> None:
     assert server.ask(post(b"body", b"/early")[:-1]).endswith(b"early")
+
+
+def test_what_is_refused_at_once_keeps_its_place_among_the_answers(server: Running) -> None:
+    sent = [post(b"first"), post(b"none", b"/full"), post(b"none", b"/full"), HEALTH]
+    for pieces in ([b"".join(sent)], sent, [b"".join(sent)[:-9], HEALTH[-9:]]):
+        with server.connect() as client:
+            received = b""
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.01)
+            received = until(client, b"health")
+        assert received.count(b"HTTP/1.1 503 ") == received.count(b"\r\n\r\nfull") == 2
+        assert received.index(b"first") < received.index(b"full") < received.index(b"health")
+
+
+def test_what_is_refused_at_once_may_have_a_body_to_come(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(post(b"a" * 10_000, b"/full")[:-1])
+        assert one(client).endswith(b"full")
+        client.sendall(b"a" + HEALTH)
+        assert one(client).endswith(b"health")
+
+
+def test_a_client_that_was_refused_and_asks_on_is_read_ever_later(server: Running) -> None:
+    with server.connect() as client:
+        refused = 0
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            client.sendall(post(b"", b"/full"))
+            assert one(client).endswith(b"full")
+            refused += 1
+        # It pauses for 0.05, 0.1, 0.2, 0.4, 0.5 s at least.
+        assert refused <= 6
+        client.sendall(HEALTH)
+        assert one(client).endswith(b"health")
+        # And then for 0.1 s at most again.
+        client.settimeout(0.4)
+        client.sendall(post(b"", b"/full"))
+        assert one(client).endswith(b"full")
+        client.sendall(HEALTH)
+        assert one(client).endswith(b"health")
 
 
 # How many

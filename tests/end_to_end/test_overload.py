@@ -1,11 +1,13 @@
 """More than the service can do: what does not fit is refused at once, and the rest is answered."""
 
 import asyncio
+import socket
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks import overload
-from tests.conftest import memory, processor_seconds, service, wait_for
+from tests.conftest import events, memory, processor_seconds, service, wait_for
+from tests.end_to_end.test_access import new_key
 
 Examples = Callable[[str], list[Any]]
 CONNECTIONS, QUEUE_ROWS, SECONDS = 400, 64, 3.0
@@ -77,6 +80,71 @@ def test_a_full_queue_is_an_error_of_the_protocol_under_v2(
         assert narrow.get("/health/ready").status_code == 200
         assert long.result().status_code == 200
     assert narrow.post("/predict", content=b"not even read").status_code == 415
+
+
+def test_a_full_queue_is_told_only_to_who_may_ask_counted_and_logged(
+    built: Path, examples: Examples, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    headers = {"x-api-key": new_key(file, "predict")}
+    settings = {"DROPSERVE_QUEUE_ROWS": "10", "DROPSERVE_API_KEYS_FILE": str(file)}
+    with service(built / "models", **settings) as client, ThreadPoolExecutor(1) as pool:
+        query = partial(httpx.post, f"{client.base_url}/uncertainty", headers=headers, timeout=60)
+        long = pool.submit(query, json=long_query(examples, 40))
+        name = {"x-request-id": "refused"}
+        wait_for(lambda: client.post("/predict", headers=headers | name).status_code == 503)
+        assert client.post("/predict").status_code == 401
+        wrong = headers | {"x-request-timeout-ms": "soon"}
+        assert client.post("/predict", headers=wrong).status_code == 400
+        assert client.post("/debug/mc", headers=headers).status_code == 403
+        assert long.result().status_code == 200
+        text = client.get("/metrics", headers=headers).text
+        assert 'dropserve_rejected_total{reason="queue"} 1.0' in text
+        assert 'route="/predict",status="503",version=""} 1.0' in text
+    (line,) = [each for each in events(capfd.readouterr().out) if each.get("status") == 503]
+    assert (line["route"], line["request_id"]) == ("/predict", "refused")
+
+
+@pytest.mark.parametrize("origins", ["", "https://a.example"], ids=["plain", "CORS"])
+def test_a_full_queue_is_told_before_the_body_is_sent(
+    built: Path, examples: Examples, origins: str
+) -> None:
+    settings = {"DROPSERVE_QUEUE_ROWS": "10", "DROPSERVE_CORS_ORIGINS": origins}
+    with service(built / "models", **settings) as client, ThreadPoolExecutor(1) as pool:
+        url = f"{client.base_url}/uncertainty"
+        long = pool.submit(httpx.post, url, json=long_query(examples, 40), timeout=60)
+        wait_for(lambda: held(client))
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: https://a.example\r\n"
+        head += b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 80), 30) as sender:
+            sender.sendall(head)
+            received = b""
+            while more := sender.recv(2**20):
+                received += more
+        assert received.startswith(b"HTTP/1.1 503 ")
+        # The client may send the body or not: what follows cannot be told from it.
+        assert b"connection: close" in received
+        assert (b"access-control-allow-origin: https://a.example" in received) == bool(origins)
+        assert long.result().status_code == 200
+
+
+def test_hundreds_of_requests_sent_ahead_to_a_full_queue_are_all_refused(
+    narrow: httpx.Client, examples: Examples
+) -> None:
+    sent = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + 600 * overload.post("/predict", {})
+    address = ("127.0.0.1", narrow.base_url.port or 80)
+    url = f"{narrow.base_url}/uncertainty"
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx.post, url, json=long_query(examples, 40), timeout=60)
+        wait_for(lambda: held(narrow))
+        with socket.create_connection(address, timeout=30) as client:
+            client.sendall(sent)
+            received = b""
+            while received.count(b"HTTP/1.1 ") < 601:
+                received += client.recv(2**20)
+            assert received.startswith(b"HTTP/1.1 200 ")
+            assert received.count(b"HTTP/1.1 503 ") > 0
+        assert long.result().status_code == 200
 
 
 def test_work_whose_deadline_has_passed_is_not_begun(built: Path, examples: Examples) -> None:
