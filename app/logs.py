@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import orjson
@@ -77,11 +78,12 @@ class RequestLog:
         self.lines.append(orjson.dumps(entry, option=OPTIONS))
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write what there is; what a full disk does not take is lost."""
         content = b"".join(self.lines)
         self.lines.clear()
-        while content:
-            content = content[os.write(self.file, content) :]
+        with suppress(OSError):
+            while content:
+                content = content[os.write(self.file, content) :]
 
 
 def milliseconds(seconds: float) -> float:

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -278,3 +280,33 @@ def test_many_requests_at_once_are_counted_each(built: Path, examples: Examples)
         names = {answer.headers["x-request-id"] for answer in answers}
         assert len(names) == 200
         assert not any(map(math.isnan, scrape(client).values()))
+
+
+def test_a_full_disk_for_the_log_costs_no_answer(built: Path, examples: Examples) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app", "--models", str(built / "models"), "--port", str(port)],
+            env=os.environ | {"DROPSERVE_DEVICE": "cpu"},
+            stderr=full,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            wait_for(lambda: answers(client))
+            body = {"model": "digits", "inputs": examples("digits")[:1]}
+            for _ in range(5):
+                assert client.post("/predict", json=body).status_code == 200
+            requests = {"route": "/predict", "status": "200"}
+            assert value(scrape(client), "dropserve_requests_total", **requests) == 5
+    finally:
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+
+
+def answers(client: httpx.Client) -> bool:
+    """Tell whether a service has started."""
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
