@@ -17,14 +17,13 @@ probe is a new connection each tenth of a second, from the same process.
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -45,18 +44,16 @@ PROBE_SECONDS = 0.1
 # Given to memory to come back.
 REST_SECONDS = 2.0
 START_SECONDS = 60
-# Of the pipe that the service logs into: it must not wait for who reads it.
-PIPE_BYTES = 2**20
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 @dataclass
 class Running:
-    """A service that runs: its process, its port, and the errors it has logged."""
+    """A service that runs: its process, its log, and its port."""
 
     process: subprocess.Popen[bytes]
-    port: int
-    errors: list[str]
+    log: Path
+    port: int = 0
 
     def memory(self) -> float:
         """Return resident memory in MB."""
@@ -65,53 +62,46 @@ class Running:
         assert found
         return int(found[1]) * 1024 / 1e6
 
+    def errors(self) -> list[str]:
+        """Return the lines of the log that say that something is wrong."""
+        with self.log.open() as lines:
+            return [line for line in lines if '"level":"info"' not in line]
+
+    def wait(self) -> None:
+        """Wait until the service listens, and learn its port."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text())
+            if found:
+                self.port = int(found[1])
+                return
+            time.sleep(START_SECONDS / 1000)
+        raise RuntimeError(f"no service: {self.log.read_text()}")
+
 
 @contextmanager
 def served(models: Path, core: int | None = None, **environment: str) -> Iterator[Running]:
     """Run the service on the CPU, on one core if that is given, until the block ends."""
     command = [sys.executable, "-m", "app", "--models", str(models), "--port", "0"]
     pinned = [] if core is None else ["taskset", "-c", str(core)]
-    process = subprocess.Popen(
-        pinned + command,
-        env=os.environ | {"DROPSERVE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | environment,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr
-    log = process.stderr.fileno()
-    fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    running = Running(process, 0, [])
-    listening = threading.Event()
-
-    def follow() -> None:
-        rest = b""
-        while content := os.read(log, PIPE_BYTES):
-            *lines, rest = (rest + content).split(b"\n")
-            if not listening.is_set():
-                found = re.search(rb"listening on http://127\.0\.0\.1:(\d+)", b"\n".join(lines))
-                if found:
-                    running.port = int(found[1])
-                    listening.set()
-            # Most of the log is a line a request, which says nothing here.
-            if b'"level":"error"' in content or not listening.is_set():
-                running.errors += [line.decode() for line in lines if b'"level":"info"' not in line]
-        listening.set()
-
-    reader = threading.Thread(target=follow)
-    reader.start()
-    try:
-        listening.wait(START_SECONDS)
-        if not running.port:
-            raise RuntimeError(f"no service: {running.errors}")
-        yield running
-    finally:
-        process.terminate()
+    # A file, not a pipe: who reads that takes time from the clients.
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        process = subprocess.Popen(
+            pinned + command,
+            env=os.environ | {"DROPSERVE_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | environment,
+            stderr=log,
+        )
+        running = Running(process, Path(log.name))
         try:
-            process.wait(START_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        reader.join()
-        process.stderr.close()
+            running.wait()
+            yield running
+        finally:
+            process.terminate()
+            try:
+                process.wait(START_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @dataclass

@@ -376,7 +376,7 @@ def soak(kinds: Sequence[Path], rows: Sequence[Any], seconds: float) -> tuple[Fi
             url = f"http://127.0.0.1:{running.port}"
             load = Soak(url, running.process.pid, models, kinds, rows)
             found = asyncio.run(load.run(seconds, running.memory))
-        return found, running.errors
+            return found, running.errors()
 
 
 def report(found: Findings, seconds: float) -> list[timing.Row]:

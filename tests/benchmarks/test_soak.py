@@ -1,0 +1,64 @@
+"""Twenty seconds of everything at once; and that what would be wrong is noticed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+
+SECONDS = 20.0
+ASKED = {"predict", "infer, binary", "uncertainty", "long", "dribbled", "broken", "hung up"}
+
+
+def test_20_seconds_of_everything_lose_nothing_and_get_nothing_wrong(built: Path) -> None:
+    kinds = [built / "models" / name / "1" for name in ("digits", "double")]
+    examples = json.loads((kinds[0] / "examples.json").read_text())
+    found, errors = soak.soak(kinds, [each["input"] for each in examples], SECONDS)
+    assert soak.faults(found, errors, SECONDS) == []
+    assert found.statuses.keys() == ASKED
+    assert all(found.statuses[kind][200] > 0 for kind in ASKED - {"broken", "hung up"})
+    assert found.statuses["broken"].keys() == {400, 404, 413, 422}
+    # Before the load, and while it lasts.
+    assert found.reloads >= 4
+
+
+def quiet() -> soak.Findings:
+    """Return what came of a load in which nothing was wrong."""
+    found = soak.Findings()
+    found.live.append(0.1)
+    found.memory += [(second, 100.0) for second in range(20)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"version": 3, "mean": [[0.25, 0.75]]}, []),
+        ({"version": 3, "mean": [[0.2501, 0.7499]]}, ["wrong: version 3 answers otherwise"]),
+        ({"version": 9, "mean": [[0.25, 0.75]]}, ["wrong: answered by version 9"]),
+    ],
+    ids=["right", "wrong", "none"],
+)
+def test_an_answer_is_held_against_that_of_the_version_it_names(
+    given: soak.Json, says: list[str]
+) -> None:
+    found = quiet()
+    expected = {"version": 1, "mean": [[0.25, 0.75]]} if given["version"] == 3 else None
+    soak.check(found, "uncertainty", given, expected, "mean")
+    assert [each.replace("uncertainty: ", "") for each in soak.faults(found, [], SECONDS)] == says
+
+
+def test_what_is_lost_logged_late_or_grown_is_a_fault() -> None:
+    found = quiet()
+    assert soak.faults(found, ['{"level":"warning"}'], SECONDS) == []
+    found.lost.append("ask: ReadError()")
+    found.live.append(0.6)
+    found.memory[18:] = [(18, 105.5), (19, 105.5)]
+    says = soak.faults(found, ['{"level":"error"}'], SECONDS)
+    assert says == [
+        "lost: ask: ReadError()",
+        'logged: {"level":"error"}',
+        "memory grew by 5.5 %",
+        "the live probe took 0.60 s",
+    ]
