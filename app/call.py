@@ -2,12 +2,20 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from app.errors import DeadlineExceeded
-from app.trace import Trace
 
 # What a client may ask an answer to be waited for.
 MAX_TIMEOUT_MS = 3_600_000
+
+
+class Trace(NamedTuple):
+    """What a request belongs to, as W3C Trace Context has it."""
+
+    trace: str
+    parent: str  # the span that caused it
+    flags: str
 
 
 @dataclass(slots=True)

@@ -8,12 +8,12 @@ import logging
 import os
 import re
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from app.call import Call, Trace
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
-
-    from app.call import Call
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 SERVICE_NAME = "dropserve"
@@ -23,14 +23,6 @@ TRACEPARENT = re.compile(
 )
 
 log = logging.getLogger(__name__)
-
-
-class Trace(NamedTuple):
-    """What a request belongs to."""
-
-    trace: str
-    parent: str  # the span that caused it
-    flags: str
 
 
 def read(traceparent: bytes) -> Trace | None:
@@ -48,7 +40,7 @@ class Spans:
         self.provider = provider
         self.tracer = provider.get_tracer(SERVICE_NAME)
 
-    def write(self, call: "Call", status: int, seconds: float) -> None:
+    def write(self, call: Call, status: int, seconds: float) -> None:
         """Write the spans of a request that was answered just now, after ``seconds``."""
         from opentelemetry.trace import (
             NonRecordingSpan,
