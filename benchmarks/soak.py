@@ -11,7 +11,7 @@ under 5 %. All at once, over and over:
 - the live probe, each tenth of a second, over a connection of its own.
 
 Every answer is held against that of the version it names, asked once before. Memory is the median
-of the second tenth of the time, held against that of the last.
+of the second tenth of the time, held against that of the last; ten seconds to warm up come before.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from app.api import tensors
 from benchmarks import network, timing
 from benchmarks.overload import PROBE_SECONDS, post, probe, served
 
-SECONDS = 1200.0
+SECONDS, WARM_UP_SECONDS = 1200.0, 10.0
 RELOAD_SECONDS = 10.0
 # Clients of each kind, and the pause of each between two requests.
 CLIENTS, PAUSE_SECONDS = 3, 0.02
@@ -117,15 +117,24 @@ class Soak:
         Two bundles, of which the versions are in turn; version 1 is of the first.
     rows
         Rows to ask for.
+    reload_seconds
+        How long after a new version the next one comes.
     """
 
     def __init__(
-        self, url: str, pid: int, models: Path, kinds: Sequence[Path], rows: Sequence[Any]
+        self,
+        url: str,
+        pid: int,
+        models: Path,
+        kinds: Sequence[Path],
+        rows: Sequence[Any],
+        reload_seconds: float,
     ) -> None:
         self.url = httpx.URL(url)
         self.pid = pid
         self.models = models
         self.kinds = kinds
+        self.reload_seconds = reload_seconds
         self.questions = questions(rows)
         self.broken = broken(rows[0])
         self.found = Findings()
@@ -139,7 +148,7 @@ class Soak:
     async def run(self, seconds: float, memory: Callable[[], float]) -> Findings:
         """Load the service for some time."""
         await self.learn()
-        start = time.monotonic()
+        start = time.monotonic() + WARM_UP_SECONDS
         self.end = start + seconds
         async with asyncio.TaskGroup() as tasks:
             for number in range(CLIENTS):
@@ -149,7 +158,7 @@ class Soak:
                 tasks.create_task(self.over_and_over(self.hang_up, number))
             tasks.create_task(self.over_and_over(self.dribble, 0))
             tasks.create_task(self.over_and_over(self.ask_long, 0, LONG_PAUSE_SECONDS))
-            tasks.create_task(self.over_and_over(self.publish, 0, RELOAD_SECONDS))
+            tasks.create_task(self.over_and_over(self.publish, 0, self.reload_seconds))
             tasks.create_task(self.watch(start, memory))
         await self.client.aclose()
         return self.found
@@ -354,7 +363,12 @@ def broken(row: Any) -> list[Broken]:
     ]
 
 
-def soak(kinds: Sequence[Path], rows: Sequence[Any], seconds: float) -> tuple[Findings, list[Any]]:
+def soak(
+    kinds: Sequence[Path],
+    rows: Sequence[Any],
+    seconds: float,
+    reload_seconds: float = RELOAD_SECONDS,
+) -> tuple[Findings, list[Any]]:
     """Load a service of its own; return what came of it, and the errors that it logged.
 
     Parameters
@@ -364,7 +378,10 @@ def soak(kinds: Sequence[Path], rows: Sequence[Any], seconds: float) -> tuple[Fi
     rows
         Rows to ask for, at least eight.
     seconds
-        How long.
+        How long, once warm.
+    reload_seconds
+        How long after a new version the next one comes. Memory is given back then, so a tenth of
+        the time should hold such a moment.
     """
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
@@ -374,7 +391,7 @@ def soak(kinds: Sequence[Path], rows: Sequence[Any], seconds: float) -> tuple[Fi
         manifest.write_text(json.dumps(document))
         with served(models) as running:
             url = f"http://127.0.0.1:{running.port}"
-            load = Soak(url, running.process.pid, models, kinds, rows)
+            load = Soak(url, running.process.pid, models, kinds, rows, reload_seconds)
             found = asyncio.run(load.run(seconds, running.memory))
             return found, running.errors()
 
