@@ -11,3 +11,8 @@ Array shapes are written with these letters:
     B  rows of a request                        T  passes of one row
     C  outputs (classes or targets)             N  row-passes: the sum of T over rows
 """
+
+import os
+
+# onnxruntime reports to its maker unless it is told not to before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

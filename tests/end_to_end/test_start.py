@@ -66,6 +66,19 @@ def refused(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr.strip()
 
 
+@pytest.mark.parametrize("package", ["app.__main__", "export.__main__"])
+def test_onnxruntime_is_told_not_to_report_to_its_maker(package: str, tmp_path: Path) -> None:
+    # Where it does report it begins as it is loaded: with an identifier that it keeps here.
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {package}"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0
+    assert not list(tmp_path.rglob("*onnxruntime*"))
+
+
 def test_a_device_that_is_not_to_be_had_is_an_error_at_start(built: Path) -> None:
     models = str(built / "models")
     # An empty list of devices: also where there is a GPU, none can be used.
