@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table predict-http reading mc-passes scaling startup-memory gpu
 
-.PHONY: run setup test test-slow check format bench bench-peers soak overload $(BENCHMARKS) lock
+.PHONY: run setup test test-slow image-test check format bench bench-peers soak overload $(BENCHMARKS) lock
 run: models/digits
 	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -21,14 +21,22 @@ setup: .venv/$(RUNTIME)
 
 .venv/%: pyproject.toml constraints.txt
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,otel,train,dev]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,otel,ray,train,dev]'
 	touch $@
 
-test: setup
+test: setup build/kserve/installed
 	$(PYTHON) -m pytest
+
+# What KServe publishes of its resources; the package itself asks for an older protobuf.
+build/kserve/installed: | setup
+	$(PYTHON) -m pip install --quiet --no-deps --target build/kserve kserve==0.21.0
+	touch $@
 
 test-slow: setup
 	$(PYTHON) -m pytest -m slow
+
+image-test: setup
+	$(PYTHON) -m pytest -n 0 -m image
 
 check: setup
 	$(PYTHON) -m ruff format --check .
@@ -68,4 +76,4 @@ build/peers/%/installed: benchmarks/peers/%.txt
 lock: setup
 	$(PYTHON) -m piptools compile --quiet --upgrade --strip-extras --all-extras --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml
-	sed -i 's/+cpu$$//' constraints.txt
+	sed -i 's/+cpu$$//; /^nvidia-/d' constraints.txt

@@ -1,0 +1,74 @@
+# Images of one project; docs/deployment.md says how to run them.
+#
+#   docker build --target cpu   --tag dropserve:cpu   .    serves on a CPU
+#   docker build --target cuda  --tag dropserve:cuda  .    serves on an NVIDIA GPU
+#   docker build --target train --tag dropserve:train .    trains and exports
+#
+# Serving images are put together from a virtual environment and a bundle that other stages made, so
+# neither torch nor what installed it is in them.
+
+FROM python:3.11-slim-bookworm AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+COPY deploy/requirements.py deploy/cuda-libraries.txt deploy/
+
+FROM build AS train
+# Where to find torch's CPU build. Without it torch comes from where all else does, which on PyPI
+# means gigabytes of CUDA that a network of this size has no use for.
+ARG TORCH_INDEX=
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"; \
+    fi \
+    && python deploy/requirements.py cpu train > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+COPY model model
+COPY export export
+RUN python -m model train --data digits --out /runs/digits \
+    && python -m export /runs/digits --models /models
+
+FROM build AS cpu-packages
+RUN python -m venv --without-pip /opt/dropserve \
+    && python deploy/requirements.py cpu > requirements.txt \
+    && pip --python /opt/dropserve/bin/python install \
+        --constraint constraints.txt --requirement requirements.txt
+
+FROM build AS cuda-packages
+RUN python -m venv --without-pip /opt/dropserve \
+    && python deploy/requirements.py cuda > requirements.txt \
+    && pip --python /opt/dropserve/bin/python install --constraint constraints.txt \
+        --constraint deploy/cuda-libraries.txt --requirement requirements.txt
+
+FROM build AS project
+COPY README.md ./
+COPY model model
+COPY export export
+COPY app app
+RUN pip install --no-deps --target /project .
+
+FROM python:3.11-slim-bookworm AS served
+LABEL org.opencontainers.image.title="dropserve" \
+      org.opencontainers.image.description="Predictions of networks with dropout, and how sure they are of them" \
+      org.opencontainers.image.version="0.1.0"
+# PYTHONSAFEPATH: what is mounted at /app or /export is never taken for the code.
+ENV PATH=/opt/dropserve/bin:$PATH \
+    PYTHONPATH=/project \
+    PYTHONSAFEPATH=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    DROPSERVE_MODELS=/models \
+    DROPSERVE_HOST=0.0.0.0
+COPY --from=train /models /models
+COPY --from=project /project /project
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('DROPSERVE_PORT', 8000)), timeout=2); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["python", "-m", "app"]
+
+FROM served AS cuda
+# Not auto: what was meant for a GPU should not run on a CPU, a hundred times as slow, unnoticed.
+ENV DROPSERVE_DEVICE=cuda
+COPY --from=cuda-packages /opt/dropserve /opt/dropserve
+
+FROM served AS cpu
+ENV DROPSERVE_DEVICE=cpu
+COPY --from=cpu-packages /opt/dropserve /opt/dropserve

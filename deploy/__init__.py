@@ -1,0 +1,1 @@
+"""How the service is run by others: images, compose, Kubernetes, Ray."""
