@@ -29,6 +29,13 @@ def main() -> int:
     """Run the command line; return the exit status."""
     if sys.argv[1:2] == ["key"]:
         return key_command.command(sys.argv[2:])
+    if sys.argv[1:2] == ["score"]:
+        try:
+            from app import score_command
+        except ModuleNotFoundError as error:
+            print(f"error: score needs {error.name}: install the extra 'score'", file=sys.stderr)
+            return 1
+        return score_command.command(sys.argv[2:])
     try:
         settings = CliApp.run(Settings)
     except SettingsError as error:

@@ -16,9 +16,13 @@ class InputError(Exception):
     """
 
     def __init__(self, path: str, message: str) -> None:
-        super().__init__(f"{path}: {message}")
+        # As they came, so that it can be sent to another process.
+        super().__init__(path, message)
         self.path = path
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
 
 
 class UnknownModel(Exception):

@@ -9,8 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
+from app.commandline import OneLineParser
 from app.errors import StartError
 from app.keys import NAME, Entry, KeysFile, Scope, digest, parse
 
@@ -19,15 +20,6 @@ FILE_VARIABLE = "DROPSERVE_API_KEYS_FILE"
 # By it, those who look for leaked secrets know one.
 PREFIX = "ds_"
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-
-
-# As in model.commandline, which is not there where only the service is installed.
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose usage errors are one line, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with one line on standard error."""
-        self.exit(2, f"{PROG}: error: {message}\n")
 
 
 class NameTaken(Exception):
