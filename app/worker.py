@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import NamedTuple
 
 import uvicorn
@@ -119,7 +120,8 @@ class Worker:
     def begin(self) -> None:
         """Begin to listen to others, on the event loop."""
         self.group.start()
-        if self.alone:
+        # Signals reach the main thread alone, which in another's process may not be ours.
+        if self.alone and threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
             # The loop keeps only a weak reference to a task.
             tasks: set[asyncio.Task[object]] = set()

@@ -1,0 +1,236 @@
+"""The service on a real Ray cluster of two nodes, started by the commands that the docs name."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.app.test_scoring import score, write
+from tests.conftest import ROOT, wait_for
+
+pytestmark = pytest.mark.slow
+
+NODES = 2
+CPUS_A_NODE = 2
+REPLICAS = 2
+START_SECONDS = 120
+CLIENTS = 8
+# More than one request of each client takes.
+LOAD_SECONDS = 3
+
+
+@pytest.fixture(scope="module")
+def haproxy() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets in folders of Ray's own making."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(built: Path, haproxy: Path) -> Iterator[str]:
+    """A cluster with HAProxy, as deploy/ray/haproxy.env sets it up; yield its address."""
+    lines = shlex.split((ROOT / "deploy" / "ray" / "haproxy.env").read_text(), comments=True)
+    environment = dict(line.split("=", 1) for line in lines) | {
+        "DROPSERVE_MODELS": str(built / "models"),
+        "DROPSERVE_DEVICE": "cpu",
+        "DROPSERVE_DEBUG": "1",
+        "PYTHONPATH": str(ROOT),
+        # One machine's files and ports, which a second cluster on it may have taken.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        # Ray reads the variables as it is imported.
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": CPUS_A_NODE, "include_dashboard": False},
+        )
+        try:
+            for _ in range(NODES - 1):
+                nodes.add_node(num_cpus=CPUS_A_NODE)
+            patch.setenv("RAY_ADDRESS", nodes.address)
+            yield nodes.address
+        finally:
+            nodes.shutdown()  # type: ignore[no-untyped-call] # Ray does not type it
+
+
+@pytest.fixture(scope="module")
+def url(cluster: str) -> str:
+    """The address of the service on the cluster."""
+    port = str(free_port())
+    serve("start", "--http-host", "127.0.0.1", "--http-port", port, "--proxy-location", "HeadOnly")
+    serve("run", "--non-blocking", "deploy.ray.app:app", f"min_replicas={REPLICAS}")
+    return f"http://127.0.0.1:{port}"
+
+
+def serve(*arguments: str) -> None:
+    """Run Ray's command."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "serve"), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def replicas(built: Path) -> dict[int, float]:
+    """Return the processor time of each replica of this cluster's, by process id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes()
+            ours = (
+                f"DROPSERVE_MODELS={built / 'models'}".encode() in (entry / "environ").read_bytes()
+            )
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if command.startswith(b"ray::ServeReplica:default:dropserve") and ours:
+            found[int(entry.name)] = float(fields[11]) + float(fields[12])
+    return found
+
+
+def test_it_answers_as_the_service_without_ray_does(
+    url: str, client: httpx.Client, examples: Callable[[str], list[Any]]
+) -> None:
+    for model in ("digits", "diabetes"):
+        body = {"model": model, "inputs": examples(model), "passes": 100, "seed": 7}
+        for route in ("/uncertainty", "/debug/mc"):
+            here, there = (
+                httpx.post(f"{base}{route}", json=body, timeout=60).json()
+                for base in (url, str(client.base_url))
+            )
+            assert here.keys() == there.keys()
+            for name, value in there.items():
+                if name in ("mean", "std", "samples"):
+                    assert np.allclose(here[name], value, rtol=1e-5, atol=1e-5), name
+            assert here["seed"] == 7
+    body = {"model": "digits", "inputs": examples("digits")}
+    answer = httpx.post(f"{url}/predict", json=body).json()
+    assert answer["labels"] == client.post("/predict", json=body).json()["labels"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/health/live", "/health/ready", "/v2", "/v2/models/digits", "/docs", "/openapi.json"]
+)
+def test_its_routes_are_those_of_the_service(url: str, client: httpx.Client, path: str) -> None:
+    here, there = httpx.get(f"{url}{path}"), client.get(path)
+    assert here.status_code == there.status_code == 200
+    assert here.content == there.content
+
+
+def test_an_error_is_the_services_own_with_the_id_that_the_client_gave(url: str) -> None:
+    headers = {"X-Request-ID": "mine"}
+    answer = httpx.post(f"{url}/predict", json={"inputs": [], "model": "no"}, headers=headers)
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    assert answer.json()["request_id"] == "mine"
+
+
+def test_models_are_not_changed_in_one_replica_alone(url: str) -> None:
+    answer = httpx.post(f"{url}/v2/repository/models/digits/unload")
+    assert answer.status_code == 400
+    assert "deployed again" in answer.json()["error"]
+
+
+def test_killing_a_replica_loses_no_request(
+    url: str, built: Path, client: httpx.Client, examples: Callable[[str], list[Any]]
+) -> None:
+    # Some 10 ms of work, so that the one that is killed is in the midst of some.
+    body = {"model": "digits", "inputs": examples("digits"), "passes": 500, "seed": 3}
+    right = client.post("/uncertainty", json=body).json()
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=60) as own:
+            while not stop.is_set():
+                answers.append(own.post(f"{url}/uncertainty", json=body))
+
+    wait_for(lambda: len(replicas(built)) == REPLICAS)
+    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    before = replicas(built)
+    for each in clients:
+        each.start()
+    try:
+        time.sleep(LOAD_SECONDS)
+        now = replicas(built)
+        busiest = max(before, key=lambda pid: now[pid] - before[pid])
+        assert now[busiest] > before[busiest]
+        os.kill(busiest, signal.SIGKILL)
+        wait_for(lambda: busiest not in replicas(built))
+        time.sleep(LOAD_SECONDS)
+    finally:
+        stop.set()
+        for each in clients:
+            each.join()
+    assert {answer.status_code for answer in answers} == {200}
+    for answer in answers:
+        assert np.allclose(answer.json()["mean"], right["mean"], rtol=1e-5, atol=1e-5)
+    # Another takes its place.
+    wait_for(lambda: len(replicas(built)) == REPLICAS)
+
+
+def test_a_million_rows_score_to_the_same_numbers_with_ray_and_without(
+    cluster: str, built: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.parquet", 1_000_000, built)
+    for target, options in (
+        (tmp_path / "alone.parquet", []),
+        (tmp_path / "ray.parquet", ["--ray"]),
+    ):
+        done = score(built, source, target, "--passes", "2", "--seed", "5", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with (
+        pq.ParquetFile(tmp_path / "alone.parquet") as a,
+        pq.ParquetFile(tmp_path / "ray.parquet") as b,
+    ):
+        assert a.metadata.num_rows == 1_000_000
+        assert a.schema_arrow.equals(b.schema_arrow, check_metadata=True)
+        assert a.read().equals(b.read())
+
+
+def test_what_is_wrong_with_a_row_is_one_line_on_ray_too(
+    cluster: str, built: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.parquet", 70_000, built, spoiled=68_000)
+    done = score(built, source, tmp_path / "out.parquet", "--passes", "2", "--ray")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {str(source)!r}: bmi: must be a float32 number, not nan (row 68000)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
