@@ -68,10 +68,19 @@ Steps = Generator[Shared | Aside | Admit, Any, Answered]
 
 
 class Queue:
-    """Holds the row-passes of all requests that are being answered, so many and no more."""
+    """Holds something of all requests that are being answered, so much and no more.
 
-    def __init__(self, most: int) -> None:
+    Parameters
+    ----------
+    most
+        How much.
+    what
+        Of what, for who is refused.
+    """
+
+    def __init__(self, most: int, what: str = "rows x passes") -> None:
         self.most = most
+        self.what = what
         self.held = 0
         # How long what is held should take.
         self.seconds = 0.0
@@ -95,7 +104,7 @@ class Queue:
         """Raise Overloaded if there is no room for a request, whose body may not be read yet."""
         if self.held and self.held + size > self.most:
             raise Overloaded(
-                f"the queue is full: rows x passes of all requests may be at most {self.most}",
+                f"the queue is full: {self.what} of all requests may be at most {self.most}",
                 min(MAX_RETRY_SECONDS, max(1, math.ceil(self.seconds))),
             )
 

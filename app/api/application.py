@@ -15,13 +15,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api import body, inference, management, openapi, problems, reply
-from app.api.endpoint import CLIENT_LEFT, Endpoint
+from app.api.endpoint import CLIENT_LEFT, LONGEST_BODIES, Endpoint
 from app.api.gate import Gate, Headers
 from app.api.schemas import Alive, Live, PredictRequest, Readiness, Ready, UncertaintyRequest
 from app.errors import Overloaded
 from app.group import Group
 from app.keys import Scope as KeyScope
-from app.service import Answer, Query, Service, Steps
+from app.service import Answer, Query, Queue, Service, Steps
 
 HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 INFER = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
@@ -201,7 +201,8 @@ def create(
         """Answer the Open Inference Protocol."""
         return inference.infer(service, scope, headers, content)
 
-    made = (service, gate, max_body_bytes)
+    bodies = Queue(LONGEST_BODIES * max_body_bytes, "bytes of long bodies")
+    made = (service, gate, max_body_bytes, bodies)
     endpoints: dict[str, Endpoint[Any]] = {
         "/predict": Endpoint("/predict", "predict", predict, json_reply, *made),
         "/uncertainty": Endpoint("/uncertainty", "predict", uncertainty, json_reply, *made),

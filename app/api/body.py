@@ -1,6 +1,6 @@
 """Read a request's body, of bounded length; parse and validate what is JSON."""
 
-from collections.abc import KeysView, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from functools import cache
 from http import HTTPStatus
 from typing import TypeVar
@@ -19,8 +19,23 @@ Headers = Mapping[bytes, bytes]
 Typed = TypeVar("Typed", bound=BaseModel)
 
 
-async def read(headers: Headers, receive: Receive, max_bytes: int) -> bytes | bytearray:
+async def read(
+    headers: Headers,
+    receive: Receive,
+    max_bytes: int,
+    hold: Callable[[int], None] | None = None,
+) -> bytes | bytearray:
     """Read the body.
+
+    Parameters
+    ----------
+    headers, receive
+        Of the request.
+    max_bytes
+        Longest body.
+    hold
+        Called with the length of each piece of a body that comes in several, which short ones do
+        not; what it raises is raised.
 
     Raises
     ------
@@ -48,9 +63,12 @@ async def read(headers: Headers, receive: Receive, max_bytes: int) -> bytes | by
     while True:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > max_bytes:
             raise too_long(max_bytes)
+        if hold:
+            hold(len(piece))
+        body += piece
         if not message.get("more_body", False):
             return body
         message = await receive()

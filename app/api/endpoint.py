@@ -17,9 +17,12 @@ from app.api.leaving import Leaving
 from app.api.reply import Reply
 from app.errors import Overloaded
 from app.keys import Scope as KeyScope
-from app.service import Answered, Service, Steps
+from app.service import Answered, Queue, Service, Steps
 
 CLIENT_LEFT = 499  # as nginx logs it
+# Bodies of the greatest length that may be held at a time, or as many more as are shorter: the
+# numbers of JSON take some ten times their text in memory.
+LONGEST_BODIES = 8
 # Whether a request holds a place in the queue stands in its scope under this.
 PLACE = "dropserve.place"
 
@@ -43,6 +46,8 @@ class Endpoint(Generic[Answered]):
         Lets requests in.
     max_body_bytes
         Longest body.
+    bodies
+        Holds the bytes of all long bodies, other endpoints' too.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Endpoint(Generic[Answered]):
         service: Service,
         gate: Gate,
         max_body_bytes: int,
+        bodies: Queue,
     ) -> None:
         self.route = route
         self.key = key
@@ -62,6 +68,7 @@ class Endpoint(Generic[Answered]):
         self.service = service
         self.gate = gate
         self.max_body_bytes = max_body_bytes
+        self.bodies = bodies
         self.leaving = Leaving()
 
     def at_once(self, scope: Scope) -> Reply | None:
@@ -93,10 +100,17 @@ class Endpoint(Generic[Answered]):
         headers = dict(scope["headers"])
         scope[problems.CALL] = call = self.gate.enter("POST", self.route, headers)
         status = CLIENT_LEFT
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self.bodies.enter(size, 0.0)
+            held += size
+
         try:
             self.gate.check(call, headers, self.key)
             self.service.queue.check()
-            content = await body.read(headers, receive, self.max_body_bytes)
+            content = await body.read(headers, receive, self.max_body_bytes, hold)
             work = self.service.answer(self.steps(scope, headers, content), call)
             answer = self.write(await self.leaving.watch(receive, work))
             status = answer.status
@@ -114,4 +128,5 @@ class Endpoint(Generic[Answered]):
             if status == problems.UNEXPECTED:
                 raise
         finally:
+            self.bodies.leave(held, 0.0)
             self.gate.leave(call, status)

@@ -23,12 +23,19 @@ from typing import Any
 
 import pytest
 
-from app.errors import InputError, LoadError
+from app.errors import LoadError
 from app.group import MOST_UNSENT, Group, Unanswered
 from app.supervisor import Keep, Start, supervise
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 20  # seconds
+
+
+class TwoArguments(Exception):
+    """An exception that is pickled without one of its arguments."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
 
 
 class Toy:
@@ -59,7 +66,7 @@ class Toy:
                 if (self.folder / "fail").exists():
                     raise LoadError("no luck")
             case ["raise what takes two arguments", int(who)] if who == pid:
-                raise InputError("inputs.0", "is too long")
+                raise TwoArguments("inputs.0", "is too long")
             case ["exit", int(who), int(status)] if who == pid:
                 os._exit(status)
             case ["wait for", str(name)]:
@@ -333,7 +340,7 @@ def test_what_another_worker_raises_is_raised_once_all_were_asked(shared: Servic
 def test_an_exception_that_cannot_be_sent_is_raised_by_its_message(shared: Service) -> None:
     asker, other, _ = shared.pids()
     raised = shared.ask(asker, "raise what takes two arguments", other)
-    assert raised == "RuntimeError('InputError: inputs.0: is too long')"
+    assert raised == "RuntimeError('TwoArguments: inputs.0: is too long')"
 
 
 def test_several_questions_are_under_way_at_once(shared: Service) -> None:

@@ -1,6 +1,7 @@
 """More than the service can do: what does not fit is refused at once, and the rest is answered."""
 
 import asyncio
+import json
 import socket
 import statistics
 import time
@@ -229,3 +230,29 @@ def test_a_client_that_leaves_makes_room_in_the_queue(
     body = {"model": "digits", "inputs": examples("digits")[:1]}
     statuses = Counter(narrow.post("/predict", json=body).status_code for _ in range(5))
     assert statuses == {200: 5}
+
+
+def test_many_long_bodies_at_once_take_no_more_memory_than_a_few(built: Path) -> None:
+    rows = np.random.default_rng(0).uniform(0, 16, (4096, 64)).round(6).tolist()
+    body = json.dumps({"model": "digits", "inputs": rows}).encode()
+    short = {"model": "digits", "inputs": rows[:1]}
+    assert 2.5e6 < len(body) < 4 * 2**20
+    with service(built / "models") as client, ThreadPoolExecutor(64) as pool:
+        before = memory(client, "VmHWM")
+        headers = {"content-type": "application/json"}
+        ask = partial(httpx.post, f"{client.base_url}/predict", headers=headers, timeout=60)
+        asked = [pool.submit(ask, content=body) for _ in range(64)]
+        # A body that comes in one piece is short, and is not refused.
+        while not all(each.done() for each in asked):
+            assert client.post("/predict", json=short).status_code == 200
+        answers = [each.result() for each in asked]
+        assert {answer.status_code for answer in answers} == {200, 503}
+        (says,) = {each.json()["detail"] for each in answers if each.status_code == 503}
+        most = 8 * 4 * 2**20
+        assert (
+            says == f"the queue is full: bytes of long bodies of all requests may be at most {most}"
+        )
+        # Text, and some ten times as much for its numbers.
+        assert memory(client, "VmHWM") < before + 11 * most
+        # All of it is let go of.
+        assert ask(content=body).status_code == 200
