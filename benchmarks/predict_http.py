@@ -49,6 +49,7 @@ class Server:
     binary: bool = False  # with a binary tensor
     answers: bool = True  # with probabilities
     environment: Mapping[str, str] = field(default_factory=dict)
+    port: int | None = None  # where it can be told that beforehand alone
 
 
 def main() -> None:
@@ -166,7 +167,7 @@ def triton_files() -> tuple[Path, Path]:
 @contextmanager
 def running(server: Server, onnx: Path, inputs: list[Any]) -> Iterator[int]:
     """Run a server on the first core until the block ends; yield its port."""
-    port = free_port()
+    port = server.port or free_port()
     named = {"ONNX": str(onnx), "PORT": str(port), "OMP_NUM_THREADS": "1"}
     given = {
         key: str(port) if value == "PORT" else value for key, value in server.environment.items()
