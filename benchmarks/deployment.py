@@ -82,6 +82,7 @@ def ray_server(models: Path, folder: Path, route: str, environment: dict[str, st
     file.write_text(json.dumps(config))
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     named = {"DROPSERVE_MODELS": str(models.resolve()), "DROPSERVE_DEVICE": "cpu"}
+    named["DROPSERVE_OPEN"] = "1"
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path.cwd())}
     return Server(command, route, port=port, environment=named | quiet | environment)
 

@@ -2,19 +2,20 @@
 
 Ray starts the replicas, spreads them over the nodes, scales them and hands them requests. Each is
 what one worker process of the service is, with the same HTTP interface; ``DROPSERVE_...`` variables
-set it up where this is run. Ray's proxies listen, and where is theirs to say.
+set it up where this is run, but for host and port: Ray listens.
 """
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliApp
 from ray import serve
+from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.management import Load, Unload
 from app.errors import LoadError
 from app.models import load_engines
 from app.settings import Settings
-from app.worker import Worker
+from app.worker import Worker, read_keys
 
 # Requests that a replica should have at a time: what keeps one core busy, and no more.
 TARGET_REQUESTS = 16
@@ -64,13 +65,22 @@ class Replica(Worker):
 
 
 def app(options: Options) -> serve.Application:
-    """Set up the replicas."""
+    """Set up the replicas.
+
+    Raises
+    ------
+    StartError
+        If Ray listens where others are, and there are no keys.
+    """
     settings = CliApp.run(Settings, cli_args=[])
-    update: dict[str, object] = {"models": settings.models.resolve()}
+    # Ray's default, with HAProxy all addresses. Of what `serve start` is told nobody tells us.
+    update: dict[str, object] = {"models": settings.models.resolve(), "host": HTTPOptions().host}
     if options.num_gpus and settings.device == "auto":
         # What was meant for a GPU should not run on a CPU unnoticed.
         update["device"] = "cuda"
     settings = settings.model_copy(update=update)
+    # To say what is missing here, too, and not only in the log of a replica.
+    read_keys(settings)
     threads = max(1, int(options.num_cpus)) if settings.threads == "auto" else settings.threads
     deployment = serve.deployment(
         name="dropserve",

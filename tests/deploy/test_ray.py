@@ -47,6 +47,7 @@ def cluster(built: Path, haproxy: Path) -> Iterator[str]:
         "DROPSERVE_MODELS": str(built / "models"),
         "DROPSERVE_DEVICE": "cpu",
         "DROPSERVE_DEBUG": "1",
+        "DROPSERVE_OPEN": "1",
         "PYTHONPATH": str(ROOT),
         # One machine's files and ports, which a second cluster on it may have taken.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
@@ -95,6 +96,23 @@ def serve(*arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_where_others_may_ask_it_does_not_start_without_keys(built: Path) -> None:
+    # With HAProxy Ray listens on all addresses.
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "DROPSERVE_MODELS": str(built / "models")}
+    code = "from deploy.ray.app import Options, app; app(Options())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "StartError: host 0.0.0.0 may be reached by others: name a file of keys" in done.stderr
 
 
 def free_port() -> int:
