@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -33,6 +34,8 @@ from app.settings import Settings
 TABLE_ROWS = 8192
 # Rows that a process of a cluster is given at once: to reach them it reads what is before.
 PART_ROWS = 8 * TABLE_ROWS
+# The exit status of what was told to end, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
 # What of a column is read at once.
 BUFFER_BYTES = 2**18
 
@@ -50,8 +53,12 @@ def command(arguments: Sequence[str]) -> int:
         seed,
         options.interval,
     )
+    # As Ctrl-C does: what is half written goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rows = score(options.input, options.output, task, on_ray=options.ray)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except InputError as error:
         print(f"error: {str(options.input)!r}: {error}", file=sys.stderr)
         return 1

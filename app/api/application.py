@@ -201,7 +201,7 @@ def create(
         """Answer the Open Inference Protocol."""
         return inference.infer(service, scope, headers, content)
 
-    bodies = Queue(LONGEST_BODIES * max_body_bytes, "bytes of long bodies")
+    bodies = Queue(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
     made = (service, gate, max_body_bytes, bodies)
     endpoints: dict[str, Endpoint[Any]] = {
         "/predict": Endpoint("/predict", "predict", predict, json_reply, *made),

@@ -14,6 +14,8 @@ from app.api.problems import LONGEST_PATH, BodyError
 from app.errors import InputError
 
 JSON = b"application/json"
+# Bodies that are not worth counting: of a thousand connections they are some MB.
+SHORT_BYTES = 4096
 Headers = Mapping[bytes, bytes]
 
 Typed = TypeVar("Typed", bound=BaseModel)
@@ -34,8 +36,7 @@ async def read(
     max_bytes
         Longest body.
     hold
-        Called with the length of each piece of a body that comes in several, which short ones do
-        not; what it raises is raised.
+        Called with the length of each piece, but of short bodies; what it raises is raised.
 
     Raises
     ------
@@ -58,6 +59,8 @@ async def read(
         content: bytes = message.get("body", b"")
         if len(content) > max_bytes:
             raise too_long(max_bytes)
+        if hold and len(content) > SHORT_BYTES:
+            hold(len(content))
         return content
     body = bytearray()
     while True:

@@ -47,7 +47,7 @@ class Endpoint(Generic[Answered]):
     max_body_bytes
         Longest body.
     bodies
-        Holds the bytes of all long bodies, other endpoints' too.
+        Holds the bytes of all bodies but short ones, other endpoints' too.
     """
 
     def __init__(
@@ -110,8 +110,11 @@ class Endpoint(Generic[Answered]):
         try:
             self.gate.check(call, headers, self.key)
             self.service.queue.check()
-            content = await body.read(headers, receive, self.max_body_bytes, hold)
-            work = self.service.answer(self.steps(scope, headers, content), call)
+            # Without a name, so that the text is let go of once it is parsed.
+            steps = self.steps(
+                scope, headers, await body.read(headers, receive, self.max_body_bytes, hold)
+            )
+            work = self.service.answer(steps, call)
             answer = self.write(await self.leaving.watch(receive, work))
             status = answer.status
             await reply.send(send, answer, call.id)

@@ -1,5 +1,6 @@
 """``python -m app score``: files of rows, as the command scores them."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.conftest import ROOT, run
+from app.score_command import TABLE_ROWS, tables
+from tests.conftest import ROOT, run, wait_for
 
 # The command, and after what it prints the most memory that it took, in kB.
 MEASURED = """
@@ -167,6 +171,46 @@ def test_a_file_without_rows_scores_to_one_with_the_same_columns(
         assert len(found) == rows
         schemas.append(found.schema)
     assert schemas[0].equals(schemas[1], check_metadata=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_it_leaves_what_was_there(
+    built: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    source = write(tmp_path / "in.parquet", 200_000, built)
+    target = tmp_path / "out.parquet"
+    target.write_text("what was there")
+    command = [sys.executable, "-m", "app", "score", str(source), str(target)]
+    options = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
+    with subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 3)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+    assert target.read_text() == "what was there"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}
+
+
+@given(
+    groups=st.lists(st.integers(1, 30_000), max_size=5),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_part_of_a_file_is_read_in_tables_of_one_length(
+    groups: list[int], ends: tuple[float, float], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("part") / "in.parquet"
+    numbers = pa.table({"n": np.arange(sum(groups))})
+    with pq.ParquetWriter(file, numbers.schema) as writer:
+        for place, size in enumerate(groups):
+            writer.write_table(numbers.slice(sum(groups[:place]), size), row_group_size=size)
+    start, stop = sorted(int(end * len(numbers)) for end in ends)
+    found = list(tables(file, range(start, stop)))
+    assert [first for first, _ in found] == list(range(start, stop, TABLE_ROWS))
+    assert all(len(table) == TABLE_ROWS for _, table in found[:-1])
+    read = [number for _, table in found for number in table["n"].to_pylist()]
+    assert read == list(range(start, stop))
 
 
 ROWS = fixed(images(3))
