@@ -29,13 +29,13 @@ RUN python -m model train --data digits --out /runs/digits \
 
 FROM build AS cpu-packages
 RUN python -m venv --without-pip /opt/dropserve \
-    && python deploy/requirements.py cpu > requirements.txt \
+    && python deploy/requirements.py cpu otel > requirements.txt \
     && pip --python /opt/dropserve/bin/python install \
         --constraint constraints.txt --requirement requirements.txt
 
 FROM build AS cuda-packages
 RUN python -m venv --without-pip /opt/dropserve \
-    && python deploy/requirements.py cuda > requirements.txt \
+    && python deploy/requirements.py cuda otel > requirements.txt \
     && pip --python /opt/dropserve/bin/python install --constraint constraints.txt \
         --constraint deploy/cuda-libraries.txt --requirement requirements.txt
 
@@ -65,7 +65,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-ISc"
 ENTRYPOINT ["python", "-m", "app"]
 
 FROM served AS cuda
-# Not auto: what was meant for a GPU should not run on a CPU, a hundred times as slow, unnoticed.
+# Not auto: what was meant for a GPU should not run on a CPU unnoticed.
 ENV DROPSERVE_DEVICE=cuda
 COPY --from=cuda-packages /opt/dropserve /opt/dropserve
 

@@ -5,39 +5,34 @@ cluster; they come back, and are written, in order.
 """
 
 import argparse
-import logging
 import os
 import secrets
 import signal
 import sys
-import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from app import parquet, ray_data
 from app.commandline import OneLineParser
 from app.cpus import available
 from app.device import Device
 from app.errors import InputError, StartError, UnknownModel
-from app.runs import pieces
 from app.scoring import MAX_ROWS, Scorer, Task
 from app.service import SEED_BITS
 from app.settings import Settings
 
-# Rows that are read, scored and written together.
-TABLE_ROWS = 8192
-# Rows that a process of a cluster is given at once: to reach them it reads what is before.
-PART_ROWS = 8 * TABLE_ROWS
+# As for the service, unless that is told otherwise: what bounds the memory of a row.
+MAX_PASSES: int = Settings.model_fields["max_passes"].default
+DEVICES = ("auto", *get_args(Device))
 # The exit status of what was told to end, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
-# What of a column is read at once.
-BUFFER_BYTES = 2**18
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -65,15 +60,6 @@ def command(arguments: Sequence[str]) -> int:
     except (StartError, UnknownModel) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except pa.ArrowInvalid as error:
-        print(f"error: {str(options.input)!r} is no Parquet file: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = error.filename or options.input
-        # Arrow's own text repeats the path.
-        what = os.strerror(error.errno) if error.errno else error
-        print(f"error: {str(where)!r}: {what}", file=sys.stderr)
-        return 1
     print(f"wrote {options.output}: {rows} rows, {options.passes} passes each, seed {seed}")
     return 0
 
@@ -86,13 +72,13 @@ def build_parser() -> OneLineParser:
     )
     parser.add_argument("input", type=Path, metavar="IN.parquet")
     parser.add_argument("output", type=Path, metavar="OUT.parquet", help="replaced if it is there")
-    parser.add_argument("--passes", type=positive, default=100, help="of each row (default: 100)")
+    parser.add_argument("--passes", type=passes, default=100, help="of each row (default: 100)")
     parser.add_argument("--seed", type=seed, help="of the masks; drawn and told if not given")
     parser.add_argument("--interval", type=level, default=0.9, help="its level (default: 0.9)")
     parser.add_argument("--model", help="needed where there are several")
     parser.add_argument("--version", type=positive, help="the newest by default")
     parser.add_argument("--models", type=Path, default=default("models"), help="folder of bundles")
-    parser.add_argument("--device", choices=("auto", *get_args(Device)), default=default("device"))
+    parser.add_argument("--device", type=device, default=default("device"), help="as the service's")
     parser.add_argument(
         "--ray", action="store_true", help="on a Ray cluster: $RAY_ADDRESS, or one started here"
     )
@@ -108,6 +94,13 @@ def positive(text: str) -> int:
     """Read a whole number that is at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def passes(text: str) -> int:
+    """Read how many passes are asked for."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PASSES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_PASSES}")
     return int(text)
 
 
@@ -129,139 +122,77 @@ def level(text: str) -> float:
     return value
 
 
+def device(text: str) -> str:
+    """Read a device; unlike choices, this is asked of the variable's value, too."""
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DEVICES)}")
+    return text
+
+
 def score(source: Path, target: Path, task: Task, *, on_ray: bool) -> int:
     """Score a file into another, which is there once it is whole; return the number of rows.
 
     Raises
     ------
-    InputError, StartError, UnknownModel, OSError, pyarrow.ArrowInvalid
-        If something is wrong with the rows, the models or the files.
+    InputError, StartError, UnknownModel
+        If something is wrong with the rows, the models or files, or the cluster.
     """
-    scorer = Scorer(task)
-    with open_parquet(source) as file:
+    target = parquet.check_target(source, target)
+    if on_ray:
+        ray_data.connect()
+        # On a node where Ray has not given it a GPU a process is not to take one.
+        task = replace(task, device="cpu" if task.device == "auto" else task.device)
+    # What the file is to be like can be said without a GPU here.
+    scorer = load(replace(task, device="cpu") if on_ray else task)
+    with parquet.opened(source) as file:
         rows: int = file.metadata.num_rows
         schema = scorer.schema(file.schema_arrow)
     if rows > MAX_ROWS:
         raise InputError("rows", f"at most {MAX_ROWS} are allowed, not {rows}")
-    scored = (
-        across_cluster(source, rows, scorer.task) if on_ray else in_threads(source, rows, scorer)
-    )
-    try:
-        descriptor, beside = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
-    try:
-        with (
-            os.fdopen(descriptor, "wb") as new,
-            pq.ParquetWriter(new, schema) as writer,
-            tqdm(total=rows, unit="row", unit_scale=True) as bar,
-        ):
-            for table in scored:
-                writer.write_table(table)
-                bar.update(len(table))
-        # As open() would make it, not as only its maker may read it.
-        os.chmod(beside, 0o666 & ~umask())
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    if on_ray:
+        task = replace(scorer.task, device=task.device)
+        scored = ray_data.scored(source, rows, task, scorer.table_rows)
+    else:
+        scored = in_threads(source, rows, scorer)
+    with tqdm(total=rows, unit="row", unit_scale=True) as bar:
+        parquet.write(target, schema, counted(scored, bar.update))
     return rows
 
 
-def umask() -> int:
-    """Return what new files may not be."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def load(task: Task) -> Scorer:
+    """Load the model.
+
+    Raises
+    ------
+    StartError, UnknownModel
+        If that cannot be, or it is not said which.
+    """
+    try:
+        return Scorer(task)
+    except InputError as error:
+        # Of the command line, not of the file.
+        raise StartError(f"--{error}") from None
+
+
+def counted(scored: Iterator[pa.Table], count: Callable[[int], object]) -> Iterator[pa.Table]:
+    """Count the rows of tables as they are taken."""
+    for table in scored:
+        yield table
+        count(len(table))
 
 
 def in_threads(source: Path, rows: int, scorer: Scorer) -> Iterator[pa.Table]:
     """Score a file with as many threads as there are CPUs; little more than they have is read."""
     threads = available()
     scoring: deque[Future[pa.Table]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for first, table in tables(source, range(rows)):
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for first, table in parquet.tables(source, range(rows), scorer.table_rows):
             scoring.append(pool.submit(scorer.score, table, first))
             if len(scoring) > threads:
                 yield scoring.popleft().result()
         while scoring:
             yield scoring.popleft().result()
-
-
-class RayScorer:
-    """Scores parts of a file in a process of a Ray cluster, which reads them itself."""
-
-    def __init__(self, source: Path, task: Task) -> None:
-        self.source = source
-        self.scorer = Scorer(task)
-
-    def __call__(self, parts: dict[str, Any]) -> Iterator[pa.Table]:
-        """Score the parts that begin and end at some rows."""
-        for start, stop in zip(parts["start"], parts["stop"], strict=True):
-            for first, table in tables(self.source, range(start, stop)):
-                yield self.scorer.score(table, first)
-
-
-def across_cluster(source: Path, rows: int, task: Task) -> Iterator[pa.Table]:
-    """Score a file, which all nodes can read, with Ray Data."""
-    import ray
-
-    # A cluster started here reports to nobody how it is used.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    # There is one bar, that of the rows written.
-    context.enable_progress_bars = False
-    # What goes wrong is raised here, too.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    parts = [{"start": part.start, "stop": part.stop} for part in pieces(rows, PART_ROWS)]
-    gpus = int(task.device in ("cuda", "tensorrt"))
-    units = ray.cluster_resources()["GPU" if gpus else "CPU"]  # type: ignore[no-untyped-call] # Ray does not type it
-    scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        RayScorer,
-        fn_constructor_args=(source.resolve(), task),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=int(units)),
-        num_cpus=1,
-        num_gpus=gpus,
-    )
-    try:
-        yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
-    except ray.exceptions.RayTaskError as error:
-        # What was raised over there.
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        raise StartError(f"Ray: {str(error).strip().splitlines()[-1]}") from None
-
-
-def open_parquet(source: Path) -> pq.ParquetFile:
-    """Open a file to be read bit by bit."""
-    return pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
-
-
-def tables(source: Path, rows: range) -> Iterator[tuple[int, pa.Table]]:
-    """Read some rows of a file: tables of ``TABLE_ROWS``, and the number of each one's first."""
-    with open_parquet(source) as file:
-        start, groups = 0, []
-        for number in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(number).num_rows
-            if start < rows.stop and stop > rows.start:
-                groups.append((number, start))
-            start = stop
-        first, held = rows.start, []
-        at = groups[0][1] if groups else 0
-        numbers = [number for number, _ in groups]
-        for batch in file.iter_batches(TABLE_ROWS, row_groups=numbers, use_threads=False):
-            some = batch.slice(max(0, rows.start - at), rows.stop - max(at, rows.start))
-            at += len(batch)
-            held.append(some)
-            while sum(map(len, held)) >= TABLE_ROWS:
-                table = pa.Table.from_batches(held)
-                yield first, table.slice(0, TABLE_ROWS)
-                first += TABLE_ROWS
-                held = table.slice(TABLE_ROWS).to_batches()
-            if at >= rows.stop:
-                break
-        if sum(map(len, held)):
-            yield first, pa.Table.from_batches(held)
+    finally:
+        # What has begun is a table or two.
+        pool.shutdown(cancel_futures=True)

@@ -31,6 +31,8 @@ from export.bundle import Manifest
 
 # The column of a row's numbers, where they are not a column each.
 INPUTS = "inputs"
+# Rows, and rows x passes, that are read, scored and written together: a second or two of work.
+TABLE_ROWS, TABLE_PASSES = 8192, 819_200
 # Rows of a file; the masks' counter has room for no more.
 MAX_ROWS = 2**32
 
@@ -66,6 +68,7 @@ class Scorer:
         # Which model it is, is settled: others are to take the same.
         self.task = replace(task, model=self.manifest.name, version=self.manifest.version)
         self.most = runs.most_at_once(self.manifest.values_per_pass)
+        self.table_rows = max(1, min(TABLE_ROWS, TABLE_PASSES // task.passes))
 
     def schema(self, columns: pa.Schema) -> pa.Schema:
         """Say what the scored table of one with such columns holds, and what it takes to repeat it.
@@ -77,7 +80,9 @@ class Scorer:
         """
         inputs = self.inputs(columns.names)
         kept = [field for field in columns if field.name not in inputs]
-        answer = self.answer(np.zeros((1, *self.manifest.input.shape), np.float32), 0).schema
+        # Of one pass there is less to say than of two, of which there is as much as of all.
+        zeros = np.zeros((1, *self.manifest.input.shape), np.float32)
+        answer = self.answer(zeros, 0, min(2, self.task.passes)).schema
         for field in kept:
             if field.name in answer.names:
                 raise InputError(field.name, "is a column of the answer, so it has to be renamed")
@@ -91,6 +96,9 @@ class Scorer:
 
     def inputs(self, names: Sequence[str]) -> list[str]:
         """Say which columns hold the rows: ``inputs``, or one for each feature."""
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(name, "there are several columns of this name")
         features = list(self.manifest.input.features)
         if INPUTS in names or not features:
             features = [INPUTS]
@@ -117,26 +125,27 @@ class Scorer:
         """
         inputs = self.inputs(table.column_names)
         scored = table.drop_columns(inputs)
-        answer = self.answer(read(table.select(inputs), self.manifest, first), first)
+        x = read(table.select(inputs), self.manifest, first)
+        answer = self.answer(x, first, self.task.passes)
         for name in answer.column_names:
             scored = scored.append_column(name, answer[name])
         return scored
 
-    def answer(self, x: NDArray[np.float32], first: int) -> pa.Table:
-        """Score rows ``x [B, *shape]``."""
+    def answer(self, x: NDArray[np.float32], first: int, passes: int) -> pa.Table:
+        """Run some passes of rows ``x [B, *shape]``, and say what they say."""
         task = self.task
         stream = MaskStream(task.seed, self.manifest.sites)
         groups = []
-        for some in runs.pieces(len(x), max(1, self.most // task.passes)):
+        for some in runs.pieces(len(x), max(1, self.most // passes)):
             rows = range(first + some.start, first + some.stop)
-            draw = Draw(x[some.start : some.stop], stream, rows, range(task.passes), task.interval)
+            draw = Draw(x[some.start : some.stop], stream, rows, range(passes), task.interval)
             (group,) = runs.draw(self.model.engine, [draw])
             if isinstance(group, InputError):
                 raise InputError(f"rows {rows.start} to {rows.stop - 1}", group.message)
             # Not the samples, since there is a level.
             assert isinstance(group, tuple)
             groups.append(group)
-        query = Query(x, task.model, task.version, task.passes, task.seed, task.interval)
+        query = Query(x, task.model, task.version, passes, task.seed, task.interval)
         found = describe(self.model, query, *join_groups(groups))
         interval = found.pop("interval")
         assert isinstance(interval, dict)

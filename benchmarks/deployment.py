@@ -27,7 +27,7 @@ from benchmarks.predict_http import OURS, Server, example_rows, free_port, load,
 CONNECTIONS = 32
 PASSES = 100
 FILE_ROWS = 200_000
-HAPROXY = Path("deploy/ray/haproxy.env")
+HAPROXY = Path(__file__).resolve().parents[1] / "deploy" / "ray" / "haproxy.env"
 
 
 def main() -> None:
@@ -88,13 +88,15 @@ def ray_server(models: Path, folder: Path, route: str, environment: dict[str, st
 
 
 def haproxy(folder: Path) -> dict[str, str]:
-    """Return what sets up HAProxy, with files of its own."""
+    """Return what sets up HAProxy, with files and ports that no other on this machine has."""
     lines = shlex.split(HAPROXY.read_text(), comments=True)
     return dict(line.split("=", 1) for line in lines) | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     }
 

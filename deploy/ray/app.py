@@ -2,13 +2,13 @@
 
 Ray starts the replicas, spreads them over the nodes, scales them and hands them requests. Each is
 what one worker process of the service is, with the same HTTP interface; ``DROPSERVE_...`` variables
-set it up where this is run, but for host and port: Ray listens.
+set it up where this is run, but for what is Ray's: listening, connections, processes.
 """
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliApp
 from ray import serve
-from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.management import Load, Unload
@@ -19,6 +19,7 @@ from app.worker import Worker, read_keys
 
 # Requests that a replica should have at a time: what keeps one core busy, and no more.
 TARGET_REQUESTS = 16
+EVERYWHERE = "0.0.0.0"
 
 
 class Options(BaseModel):
@@ -53,9 +54,11 @@ class Replica(Worker):
         return application
 
     def check_health(self) -> None:
-        """Raise if there is nothing to answer with; Ray then starts another replica."""
-        if not self.service.models.served:
-            raise RuntimeError("no model is served")
+        """Raise if a model does not run any more; Ray then starts another replica."""
+        for versions in self.service.models.served.values():
+            for model in versions.values():
+                row = np.zeros((1, *model.manifest.input.shape), np.float32)
+                model.engine.predict(row)
 
     async def handle(self, question: object) -> object:
         """Do what all workers are asked to do, but for what one replica would do alone."""
@@ -70,14 +73,19 @@ def app(options: Options) -> serve.Application:
     Raises
     ------
     StartError
-        If Ray listens where others are, and there are no keys.
+        If there are no keys, and it is not said that all may ask.
     """
     settings = CliApp.run(Settings, cli_args=[])
-    # Ray's default, with HAProxy all addresses. Of what `serve start` is told nobody tells us.
-    update: dict[str, object] = {"models": settings.models.resolve(), "host": HTTPOptions().host}
-    if options.num_gpus and settings.device == "auto":
-        # What was meant for a GPU should not run on a CPU unnoticed.
-        update["device"] = "cuda"
+    # Where Ray listens nobody tells us; for some ways to start it that is all addresses.
+    update: dict[str, object] = {"host": EVERYWHERE}
+    # A replica has another working directory.
+    for name in ("models", "api_keys_file"):
+        if path := getattr(settings, name):
+            update[name] = path.resolve()
+    if settings.device == "auto":
+        # What was meant for a GPU should not run on a CPU unnoticed, and what was not should not
+        # take one that Ray has given to others.
+        update["device"] = "cuda" if options.num_gpus else "cpu"
     settings = settings.model_copy(update=update)
     # To say what is missing here, too, and not only in the log of a replica.
     read_keys(settings)

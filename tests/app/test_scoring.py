@@ -1,5 +1,7 @@
 """``python -m app score``: files of rows, as the command scores them."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.score_command import TABLE_ROWS, tables
+from app.parquet import tables
 from tests.conftest import ROOT, run, wait_for
 
 # The command, and after what it prints the most memory that it took, in kB.
@@ -182,14 +184,19 @@ def test_told_to_end_it_leaves_what_was_there(
     target.write_text("what was there")
     command = [sys.executable, "-m", "app", "score", str(source), str(target)]
     options = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
+    options += ["--passes", "2000"]
     with subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE) as process:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 3)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        # Minutes of work are left, of which it has a second or two at hand.
+        _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert b"Traceback" not in said
     assert target.read_text() == "what was there"
     assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}
+
+
+SIZE = 8192
 
 
 @given(
@@ -206,9 +213,9 @@ def test_a_part_of_a_file_is_read_in_tables_of_one_length(
         for place, size in enumerate(groups):
             writer.write_table(numbers.slice(sum(groups[:place]), size), row_group_size=size)
     start, stop = sorted(int(end * len(numbers)) for end in ends)
-    found = list(tables(file, range(start, stop)))
-    assert [first for first, _ in found] == list(range(start, stop, TABLE_ROWS))
-    assert all(len(table) == TABLE_ROWS for _, table in found[:-1])
+    found = list(tables(file, range(start, stop), SIZE))
+    assert [first for first, _ in found] == list(range(start, stop, SIZE))
+    assert all(len(table) == SIZE for _, table in found[:-1])
     read = [number for _, table in found for number in table["n"].to_pylist()]
     assert read == list(range(start, stop))
 
@@ -252,6 +259,71 @@ def test_what_cannot_be_scored_is_one_line_and_leaves_what_was_there(
     assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}
 
 
+def test_columns_of_one_name_are_refused(built: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", 3, built)
+    table = pq.read_table(source)
+    pq.write_table(table.append_column("bmi", table["bmi"]), source)
+    done = score(built, source, tmp_path / "out.parquet")
+    assert done.returncode == 1
+    assert done.stderr == (f"error: {str(source)!r}: bmi: there are several columns of this name\n")
+
+
+def test_where_there_are_several_models_it_says_that_a_name_is_needed(
+    built: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.parquet", 3, built)
+    models = ["--models", str(built / "models"), "--device", "cpu"]
+    done = run("app", "score", str(source), str(tmp_path / "out.parquet"), *models)
+    assert done.returncode == 1
+    assert done.stderr == "error: --model: is needed, one of: diabetes, digits, double\n"
+
+
+def test_what_is_to_be_written_is_what_links_lead_to_and_a_file_of_its_own(
+    built: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.parquet", 3, built)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for target, says in (
+        (folder, f"error: {str(folder)!r} is no file\n"),
+        (source, f"error: {str(source)!r} is the file to be read, too\n"),
+    ):
+        done = score(built, source, target)
+        assert (done.returncode, done.stderr) == (1, says)
+    link = tmp_path / "link.parquet"
+    link.symlink_to(folder / "there.parquet")
+    assert score(built, source, link, "--passes", "2").returncode == 0
+    assert link.is_symlink()
+    assert len(pq.read_table(folder / "there.parquet")) == 3
+    assert (folder / "there.parquet").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    """Return what new files may not be."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_full_disk_is_said_of_the_file_that_is_written(built: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", 20_000, built)
+    target = tmp_path / "out.parquet"
+    command = [sys.executable, "-m", "app", "score", str(source), str(target)]
+    options = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *options, "--passes", "2"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    says = f"error: {str(target)!r} cannot be written: File too large"
+    assert done.stderr.splitlines()[-1] == says
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
 def test_a_feature_that_is_missing_is_named_beside_those_that_are_needed(
     built: Path, tmp_path: Path
 ) -> None:
@@ -271,9 +343,18 @@ def test_a_feature_that_is_missing_is_named_beside_those_that_are_needed(
         (["--version", "9"], 1, "error: no version 9 of model diabetes; served are: 1"),
         (["--models", "nowhere"], 1, "error: the models folder "),
         (["--passes", "0"], 2, "python -m app score: error: argument --passes: '0' is no whole"),
+        (
+            ["--passes", "10001"],
+            2,
+            "python -m app score: error: argument --passes: '10001' is no whole number from 1 to",
+        ),
         (["--seed", "-1"], 2, "python -m app score: error: argument --seed: '-1' is no whole"),
         (["--interval", "1"], 2, "python -m app score: error: argument --interval: '1' is no"),
-        (["--device", "tpu"], 2, "python -m app score: error: argument --device: invalid choice"),
+        (
+            ["--device", "tpu"],
+            2,
+            "python -m app score: error: argument --device: 'tpu' is not one of",
+        ),
         (["more"], 2, "python -m app score: error: unrecognized arguments: more"),
     ],
 )
@@ -296,12 +377,20 @@ def test_what_is_no_parquet_file_or_not_there_or_cannot_be_written_is_one_line(
     out = tmp_path / "out.parquet"
     for source, target, says in (
         (text, out, f"error: {str(text)!r} is no Parquet file: "),
-        (tmp_path / "no.parquet", out, f"error: {str(tmp_path / 'no.parquet')!r}: No such file"),
-        (good, tmp_path / "no" / "o", f"error: {str(tmp_path / 'no' / 'o')!r}: No such file"),
+        (
+            tmp_path / "no.parquet",
+            out,
+            f"error: {str(tmp_path / 'no.parquet')!r} cannot be read: No such file",
+        ),
+        (
+            good,
+            tmp_path / "no" / "o",
+            f"error: {str(tmp_path / 'no' / 'o')!r} cannot be written: No such file",
+        ),
     ):
         done = score(built, source, target)
         assert done.returncode == 1
-        (line,) = done.stderr.splitlines()
+        line = done.stderr.splitlines()[-1]
         assert line.startswith(says), line
 
 

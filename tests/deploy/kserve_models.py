@@ -33,6 +33,8 @@ class Model:
 
 def read(name: str) -> Model | None:
     """Return a model, or None if KServe publishes none of this name."""
+    if not MODELS.exists():
+        raise FileNotFoundError("KServe's models are not there: make build/kserve/installed")
     published = (MODELS / "__init__.py").read_text()
     found = re.search(rf"^from kserve\.models\.(\w+) import {name}$", published, re.MULTILINE)
     if not found:

@@ -1,9 +1,7 @@
 """The service on a real Ray cluster of two nodes, started by the commands that the docs name."""
 
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import deployment
+from benchmarks.predict_http import free_port
 from tests.app.test_scoring import score, write
 from tests.conftest import ROOT, wait_for
 
@@ -42,20 +42,12 @@ def haproxy() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(built: Path, haproxy: Path) -> Iterator[str]:
     """A cluster with HAProxy, as deploy/ray/haproxy.env sets it up; yield its address."""
-    lines = shlex.split((ROOT / "deploy" / "ray" / "haproxy.env").read_text(), comments=True)
-    environment = dict(line.split("=", 1) for line in lines) | {
+    environment = deployment.haproxy(haproxy) | {
         "DROPSERVE_MODELS": str(built / "models"),
         "DROPSERVE_DEVICE": "cpu",
         "DROPSERVE_DEBUG": "1",
         "DROPSERVE_OPEN": "1",
         "PYTHONPATH": str(ROOT),
-        # One machine's files and ports, which a second cluster on it may have taken.
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
@@ -98,28 +90,22 @@ def serve(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_where_others_may_ask_it_does_not_start_without_keys(built: Path) -> None:
-    # With HAProxy Ray listens on all addresses.
-    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "DROPSERVE_MODELS": str(built / "models")}
-    code = "from deploy.ray.app import Options, app; app(Options())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "StartError: host 0.0.0.0 may be reached by others: name a file of keys" in done.stderr
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def test_without_keys_it_is_to_be_said_that_all_may_ask(built: Path) -> None:
+    open_to_all = {"DROPSERVE_OPEN": "1"}
+    for environment, status in (({}, 1), (open_to_all, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", "from deploy.ray.app import Options, app; app(Options())"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "DROPSERVE_MODELS": str(built / "models")}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+        assert done.returncode == status
+        said = "StartError: host 0.0.0.0 may be reached by others: name a file of keys"
+        assert (said in done.stderr) == bool(status)
 
 
 def replicas(built: Path) -> dict[int, float]:
@@ -240,6 +226,25 @@ def test_a_million_rows_score_to_the_same_numbers_with_ray_and_without(
         assert a.metadata.num_rows == 1_000_000
         assert a.schema_arrow.equals(b.schema_arrow, check_metadata=True)
         assert a.read().equals(b.read())
+
+
+def test_a_file_without_rows_scores_to_one_without_rows(
+    cluster: str, built: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.parquet", 0, built)
+    done = score(built, source, tmp_path / "out.parquet", "--ray")
+    assert done.returncode == 0, done.stderr
+    assert len(pq.read_table(tmp_path / "out.parquet")) == 0
+
+
+def test_a_cluster_that_is_not_there_is_one_line(
+    cluster: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.parquet", 3, built)
+    monkeypatch.setenv("RAY_ADDRESS", "not-an-address")
+    done = score(built, source, tmp_path / "out.parquet", "--ray")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no Ray cluster at not-an-address: ")
 
 
 def test_what_is_wrong_with_a_row_is_one_line_on_ray_too(
