@@ -19,7 +19,7 @@ import pytest
 from benchmarks import deployment
 from benchmarks.predict_http import free_port
 from tests.app.test_scoring import score, write
-from tests.conftest import ROOT, wait_for
+from tests.conftest import ROOT, run, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -40,13 +40,21 @@ def haproxy() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster(built: Path, haproxy: Path) -> Iterator[str]:
+def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A file of keys, and a key that may ask for everything."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    scopes = ["--scope", "predict,debug,admin"]
+    return file, run("app", "key", "new", *scopes, "--file", str(file)).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def cluster(built: Path, haproxy: Path, key: tuple[Path, str]) -> Iterator[str]:
     """A cluster with HAProxy, as deploy/ray/haproxy.env sets it up; yield its address."""
     environment = deployment.haproxy(haproxy) | {
         "DROPSERVE_MODELS": str(built / "models"),
         "DROPSERVE_DEVICE": "cpu",
         "DROPSERVE_DEBUG": "1",
-        "DROPSERVE_OPEN": "1",
+        "DROPSERVE_API_KEYS_FILE": str(key[0]),
         "PYTHONPATH": str(ROOT),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -69,12 +77,14 @@ def cluster(built: Path, haproxy: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def url(cluster: str) -> str:
-    """The address of the service on the cluster."""
+def ray(cluster: str, key: tuple[Path, str]) -> Iterator[httpx.Client]:
+    """A client of the service on the cluster."""
     port = str(free_port())
     serve("start", "--http-host", "127.0.0.1", "--http-port", port, "--proxy-location", "HeadOnly")
     serve("run", "--non-blocking", "deploy.ray.app:app", f"min_replicas={REPLICAS}")
-    return f"http://127.0.0.1:{port}"
+    headers = {"x-api-key": key[1]}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+        yield client
 
 
 def serve(*arguments: str) -> None:
@@ -128,51 +138,62 @@ def replicas(built: Path) -> dict[int, float]:
 
 
 def test_it_answers_as_the_service_without_ray_does(
-    url: str, client: httpx.Client, examples: Callable[[str], list[Any]]
+    ray: httpx.Client, client: httpx.Client, examples: Callable[[str], list[Any]]
 ) -> None:
     for model in ("digits", "diabetes"):
         body = {"model": model, "inputs": examples(model), "passes": 100, "seed": 7}
         for route in ("/uncertainty", "/debug/mc"):
-            here, there = (
-                httpx.post(f"{base}{route}", json=body, timeout=60).json()
-                for base in (url, str(client.base_url))
-            )
+            here, there = (each.post(route, json=body).json() for each in (ray, client))
             assert here.keys() == there.keys()
             for name, value in there.items():
                 if name in ("mean", "std", "samples"):
                     assert np.allclose(here[name], value, rtol=1e-5, atol=1e-5), name
             assert here["seed"] == 7
     body = {"model": "digits", "inputs": examples("digits")}
-    answer = httpx.post(f"{url}/predict", json=body).json()
+    answer = ray.post("/predict", json=body).json()
     assert answer["labels"] == client.post("/predict", json=body).json()["labels"]
 
 
 @pytest.mark.parametrize(
-    "path", ["/health/live", "/health/ready", "/v2", "/v2/models/digits", "/docs", "/openapi.json"]
+    "path", ["/health/live", "/health/ready", "/v2", "/v2/models/digits", "/docs"]
 )
-def test_its_routes_are_those_of_the_service(url: str, client: httpx.Client, path: str) -> None:
-    here, there = httpx.get(f"{url}{path}"), client.get(path)
+def test_its_routes_are_those_of_the_service(
+    ray: httpx.Client, client: httpx.Client, path: str
+) -> None:
+    here, there = ray.get(path), client.get(path)
     assert here.status_code == there.status_code == 200
     assert here.content == there.content
 
 
-def test_an_error_is_the_services_own_with_the_id_that_the_client_gave(url: str) -> None:
+def test_its_document_is_that_of_the_service_with_keys(
+    ray: httpx.Client, client: httpx.Client
+) -> None:
+    here, there = (each.get("/openapi.json").json() for each in (ray, client))
+    assert here["paths"].keys() == there["paths"].keys()
+    assert here["components"]["schemas"] == there["components"]["schemas"]
+
+
+def test_an_error_is_the_services_own_with_the_id_that_the_client_gave(ray: httpx.Client) -> None:
     headers = {"X-Request-ID": "mine"}
-    answer = httpx.post(f"{url}/predict", json={"inputs": [], "model": "no"}, headers=headers)
+    answer = ray.post("/predict", json={"inputs": [], "model": "no"}, headers=headers)
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers.get_list("x-request-id") == ["mine"]
     assert answer.json()["request_id"] == "mine"
 
 
-def test_models_are_not_changed_in_one_replica_alone(url: str) -> None:
-    answer = httpx.post(f"{url}/v2/repository/models/digits/unload")
+def test_who_has_no_key_gets_no_answer(ray: httpx.Client) -> None:
+    assert httpx.post(f"{ray.base_url}/predict", json={"inputs": []}).status_code == 401
+
+
+def test_models_are_not_changed_in_one_replica_alone(ray: httpx.Client) -> None:
+    answer = ray.post("/v2/repository/models/digits/unload")
     assert answer.status_code == 400
     assert "deployed again" in answer.json()["error"]
 
 
 def test_killing_a_replica_loses_no_request(
-    url: str, built: Path, client: httpx.Client, examples: Callable[[str], list[Any]]
+    ray: httpx.Client, built: Path, client: httpx.Client, examples: Callable[[str], list[Any]]
 ) -> None:
     # Some 10 ms of work, so that the one that is killed is in the midst of some.
     body = {"model": "digits", "inputs": examples("digits"), "passes": 500, "seed": 3}
@@ -181,9 +202,9 @@ def test_killing_a_replica_loses_no_request(
     stop = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(timeout=60) as own:
+        with httpx.Client(base_url=ray.base_url, headers=ray.headers, timeout=60) as own:
             while not stop.is_set():
-                answers.append(own.post(f"{url}/uncertainty", json=body))
+                answers.append(own.post("/uncertainty", json=body))
 
     wait_for(lambda: len(replicas(built)) == REPLICAS)
     clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
