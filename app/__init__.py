@@ -4,7 +4,8 @@ A request takes one way: ``api`` (HTTP body to typed request) -> ``service`` (qu
 -> ``models``, ``model`` (what is served) -> ``batching`` (which requests share a run, and where it
 is made) -> ``runs`` (their rows and passes in one array) -> ``engine`` (onnxruntime) ->
 ``uncertainty`` (statistics). ``worker`` puts together what one process serves; ``supervisor`` and
-``group`` make one service of several. Nothing here imports torch.
+``group`` make one service of several. ``score_command`` has files of rows take the same way from
+``runs`` on (``parquet`` -> ``scoring`` -> ``parquet``). Nothing here imports torch.
 
 Array shapes are written with these letters:
 
