@@ -207,7 +207,7 @@ def test_killing_a_replica_loses_no_acknowledged_request(
             while not stop.is_set():
                 try:
                     answers.append(own.post("/uncertainty", json=body))
-                except httpx.RemoteProtocolError:
+                except (httpx.RemoteProtocolError, httpx.NetworkError):
                     # HAProxy closes connections when it is told of another replica. What crosses
                     # that is not answered, and its client asks once more, as of any server.
                     unanswered.append(body)
