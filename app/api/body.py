@@ -36,7 +36,8 @@ async def read(
     max_bytes
         Longest body.
     hold
-        Called with the length of each piece, but of short bodies; what it raises is raised.
+        Called with how much longer a body has become, once it is not short any more; what it
+        raises is raised.
 
     Raises
     ------
@@ -62,16 +63,17 @@ async def read(
         if hold and len(content) > SHORT_BYTES:
             hold(len(content))
         return content
-    body = bytearray()
+    body, held = bytearray(), 0
     while True:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         piece = message.get("body", b"")
         if len(body) + len(piece) > max_bytes:
             raise too_long(max_bytes)
-        if hold:
-            hold(len(piece))
         body += piece
+        if hold and len(body) > SHORT_BYTES:
+            hold(len(body) - held)
+            held = len(body)
         if not message.get("more_body", False):
             return body
         message = await receive()
