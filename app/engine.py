@@ -29,7 +29,7 @@ class Engine:
         self.manifest: Manifest = bundle.manifest
         rows = {self.manifest.input.name: self.manifest.input.shape}
         masks = {site.mask_input: site.mask_shape for site in self.manifest.sites}
-        outputs = len(self.manifest.outputs.labels)
+        outputs = self.manifest.width
         self.predict_session = load(PREDICT, bundle.predict, device, threads, rows, outputs)
         self.stochastic_session = load(
             STOCHASTIC, bundle.stochastic, device, threads, rows | {ROWS: ()} | masks, outputs
@@ -38,7 +38,7 @@ class Engine:
         self.provider: str = self.predict_session.get_providers()[0]
 
     def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map ``x [B, *shape]`` to logits or values ``[B, C]`` in eval mode."""
+        """Map ``x [B, *shape]`` to logits or values ``[B, width]`` in eval mode."""
         (output,) = self.predict_session.run(None, {self.manifest.input.name: x})
         return np.asarray(output)
 
@@ -62,7 +62,7 @@ class Engine:
         Returns
         -------
         numpy.ndarray
-            Logits or values ``[N, C]``.
+            Logits or values ``[N, width]``.
         """
         feed = {self.manifest.input.name: x, ROWS: rows, **masks}
         (output,) = self.stochastic_session.run(None, feed)

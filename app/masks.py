@@ -3,15 +3,28 @@
 The generator is AES-128 in counter mode (Salmon et al. 2011, Parallel Random Numbers: As Easy as
 1, 2, 3). The key is the seed; the counter of a 16-byte block is
 
-    row in its request (32 bits) | site (32 bits) | block of the row's stream at the site (64 bits)
+    row in its request (32 bits) | stream (32 bits) | block of the row's stream (64 bits)
 
-and a pass takes the whole blocks that its units need, 16 bits a unit, so the first 50 passes are
-the same whether 50 or 100 are asked for. A unit is kept where its 16 bits, read as a number, are
-at least ``p * 65536`` rounded: p is met within 2^-17.
+and every drawn number takes 16 bits. There are two ways to make masks of them.
+
+``independent``: a stream for each site, a number for each unit and pass. A pass takes the whole
+blocks that its units need, so the first 50 passes are the same whether 50 or 100 are asked for. A
+unit is kept where its number is at least ``p * 65536`` rounded: p is met within 2^-17.
+
+``stratified``: passes come in replicates of equal length n, ten to twenty. Within a replicate a
+unit is kept in (1-p)n of the passes: in just so many where that is a whole number, else in one of
+the two numbers next to it, at random and right on average. That is what a Latin hypercube over the
+n uniforms of a unit gives (McKay, Beckman and Conover 1979; Stein 1987), units and replicates
+independent of each other; what the masks do to an output one by one cancels, and only what they do
+in concert is left to chance. Every pass alone is an ordinary draw: p is met within 2^-15. One
+stream serves all sites, a number for each unit and replicate: it picks the column of n bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal, get_args
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -19,13 +32,19 @@ from numpy.typing import NDArray
 
 from export.bundle import DropoutSite
 
+Kind = Literal["independent", "stratified"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 BLOCK = 16  # bytes
-UNITS_A_BLOCK = BLOCK // 2
+NUMBERS_A_BLOCK = BLOCK // 2
 LEVELS = 2**16
+# Passes of a replicate. Short ones tell the standard error well; at least ten, since what masks do
+# in concert grows by 1 / (n - 1).
+REPLICATE_PASSES = range(10, 21)
 
 
 class MaskStream:
-    """The masks of one seed, for the sites of one model.
+    """The independent masks of one seed, for the sites of one model.
 
     Parameters
     ----------
@@ -34,6 +53,9 @@ class MaskStream:
     sites
         The dropout sites, in the manifest's order.
     """
+
+    # Passes that are drawn together; each on its own.
+    replicate = 1
 
     def __init__(self, seed: int, sites: Sequence[DropoutSite]) -> None:
         self.seed = seed
@@ -66,17 +88,123 @@ class MaskStream:
         self, number: int, site: DropoutSite, rows: range, passes: range
     ) -> NDArray[np.bool_]:
         """Draw the masks ``[N, *mask_shape]`` of one site."""
-        units = math.prod(site.mask_shape)
-        blocks = -(-units // UNITS_A_BLOCK)
-        size = len(passes) * blocks * BLOCK  # of a row's stream
-        stream = np.empty((len(rows), size), np.uint8)
-        zeros = bytes(size)
-        for place, row in enumerate(rows):
-            counter = (row << 96) | (number << 64) | (passes.start * blocks)
-            self.cipher.reset_nonce(counter.to_bytes(BLOCK, "big"))
-            self.cipher.update_into(zeros, stream[place].data)
-        uniform = stream.view("<u2").reshape(len(rows) * len(passes), blocks * UNITS_A_BLOCK)
+        drawn = self.numbers(number, rows, passes, math.prod(site.mask_shape))
         # With p next to 1 the threshold would be out of reach of 16 bits.
         threshold = min(round(site.p * LEVELS), LEVELS - 1)
-        kept = uniform[:, :units] >= threshold
+        kept = drawn >= threshold
         return kept.reshape(-1, *site.mask_shape)
+
+    def numbers(self, stream: int, rows: range, turns: range, each: int) -> NDArray[np.uint16]:
+        """Draw ``each`` numbers in each turn: ``[rows x turns, each]``, a row's turns together."""
+        blocks = -(-each // NUMBERS_A_BLOCK)
+        size = len(turns) * blocks * BLOCK  # of a row's stream
+        content = np.empty((len(rows), size), np.uint8)
+        zeros = bytes(size)
+        for place, row in enumerate(rows):
+            counter = (row << 96) | (stream << 64) | (turns.start * blocks)
+            self.cipher.reset_nonce(counter.to_bytes(BLOCK, "big"))
+            self.cipher.update_into(zeros, content[place].data)
+        return content.view("<u2").reshape(-1, blocks * NUMBERS_A_BLOCK)[:, :each]
+
+
+class StratifiedStream(MaskStream):
+    """The stratified masks of one seed, for the sites of one model; see the module."""
+
+    def __init__(self, seed: int, sites: Sequence[DropoutSite]) -> None:
+        super().__init__(seed, sites)
+        self.units = [math.prod(site.mask_shape) for site in sites]
+        self.replicate = replicate_length(tuple({site.p for site in sites}))
+        # The bit of each pass of a replicate, for columns ``[., units]``.
+        bits = 1 << np.arange(self.replicate).reshape(-1, 1, 1)
+        self.bits: NDArray[np.unsignedinteger] = bits.astype(column_type(self.replicate))
+
+    def draw(self, rows: range, passes: range) -> dict[str, NDArray[np.bool_]]:
+        """Draw the masks of some passes of some rows; see ``MaskStream.draw``."""
+        length = self.replicate
+        turns = range(passes.start // length, -(-passes.stop // length))
+        columns = self.columns(self.numbers(0, rows, turns, sum(self.units)))
+        # Pass by pass, as numpy is fast along long rows.
+        picked = columns & self.bits  # [n, rows x turns, units of all sites]
+        skipped = passes.start - turns.start * length
+        masks, end = {}, 0
+        for site, units in zip(self.sites, self.units, strict=True):
+            start, end = end, end + units
+            kept = np.empty((len(columns), length, units), np.bool_)
+            np.not_equal(picked[..., start:end].swapaxes(0, 1), 0, out=kept)
+            by_row = kept.reshape(len(rows), len(turns) * length, units)
+            some = by_row[:, skipped : skipped + len(passes)]
+            masks[site.mask_input] = np.ascontiguousarray(some).reshape(-1, *site.mask_shape)
+        return masks
+
+    def columns(self, drawn: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
+        """Look up the column of each unit: bit t says whether pass t of the replicate keeps it."""
+        parts = [
+            pool(p, self.replicate).take(drawn[:, start:stop]) for p, start, stop in self.spans()
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def spans(self) -> Iterator[tuple[float, int, int]]:
+        """Say where the units of neighbouring sites of the same p begin and end."""
+        end = 0
+        for p, sites in groupby(zip(self.sites, self.units, strict=True), lambda pair: pair[0].p):
+            start, end = end, end + sum(units for _, units in sites)
+            yield p, start, end
+
+
+def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite]) -> MaskStream:
+    """Return the masks of a kind."""
+    return StratifiedStream(seed, sites) if kind == "stratified" else MaskStream(seed, sites)
+
+
+@lru_cache
+def replicate_length(ps: tuple[float, ...]) -> int:
+    """Return the length of a replicate for which as little as can be is left to rounding.
+
+    What is left of the variance of a unit's count, n p (1-p), is f (1-f) where f is the fraction of
+    (1-p) n.
+    """
+
+    def left(n: int) -> float:
+        return sum(rounding(p * n) / (p * (1 - p) * n) for p in ps if p > 0)
+
+    # As decimal fractions of which p is one leave nothing but rounding of their own.
+    return min(REPLICATE_PASSES, key=lambda n: round(left(n), 9))
+
+
+def rounding(count: float) -> float:
+    """Return the variance of a number that is rounded up or down at random, right on average."""
+    fraction = count % 1
+    return fraction * (1 - fraction)
+
+
+@lru_cache
+def pool(p: float, length: int) -> NDArray[np.unsignedinteger]:
+    """Return ``LEVELS`` columns of ``length`` bits, which drawn alike keep a unit with 1 - p.
+
+    Columns with the same number of bits are of all such columns every so-many-th, each with all its
+    rotations: so every pass keeps the same share.
+    """
+    exact = (1 - p) * length
+    low = math.floor(exact)
+    high_columns = round((exact - low) * LEVELS)
+    found = np.concatenate(
+        [rotated(low, LEVELS - high_columns, length), rotated(low + 1, high_columns, length)]
+    )
+    return found.astype(column_type(length))
+
+
+def column_type(length: int) -> type[np.uint16 | np.uint32]:
+    """Return what holds so many bits."""
+    return np.uint16 if length <= 16 else np.uint32
+
+
+def rotated(ones: int, count: int, length: int) -> NDArray[np.uint32]:
+    """Return ``count`` columns of ``length`` bits, so many of them ones; all bits alike often."""
+    numbers = np.arange(2**length, dtype=np.uint32)
+    there = numbers[np.bitwise_count(numbers) == ones]
+    full, more = divmod(count, length)
+    picked = there[np.arange(full) * len(there) // max(1, full)]
+    around = [((picked << s) | (picked >> (length - s))) & numbers[-1] for s in range(length)]
+    # The ones of those that make no full turn follow each other, round and round.
+    rest = [sum(1 << (k % length) for k in range(n * ones, (n + 1) * ones)) for n in range(more)]
+    return np.concatenate([*around, np.array(rest, np.uint32)])

@@ -5,23 +5,30 @@ What a request needs of it are steps (see ``service``): generators that yield th
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from app import batching, runs
+from app import batching, runs, uncertainty
 from app.batching import Batcher
 from app.engine import Engine
 from app.masks import MaskStream
 from app.rows import rows_from_lists
-from app.runs import Draw, Inputs, Prediction, Statistics
+from app.runs import Draw, Inputs, Prediction
 from app.turns import Turns
 from app.uncertainty import Samples
 
 # How long a piece of long work should take: what short work may have to wait for.
 PIECE_SECONDS = 0.02
+# Numbers of samples that are summarised at once: a fraction of a millisecond, in which to hand the
+# work over and back is dear.
+VALUES_ON_LOOP = 2**14
+# Passes after which a tolerance is first looked at; then each time that they have doubled. Looks
+# at fewer would stop by chance, where passes that happened to agree tell of too small an error;
+# looks more often would be more such chances. tests/app/test_coverage.py measures what is left.
+FIRST_LOOK = 50
 
 
 class Shared(NamedTuple):
@@ -110,33 +117,74 @@ class Model:
             return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
         return inputs
 
-    def sample(self, inputs: Inputs, stream: MaskStream, passes: int, level: float | None) -> Part:
+    def sample(
+        self, inputs: Inputs, stream: MaskStream, passes: range, level: float | None
+    ) -> Part:
         """Run train-mode passes; give each group of rows' samples, or their summary.
 
         A group holds as many rows as fit one run with all their passes. A row with more passes
         than that is a group of its own, run in pieces.
         """
-        if len(inputs) * passes <= self.piece_of_passes:
-            draw = Draw(inputs, stream, range(len(inputs)), range(passes), level)
+        count = len(passes)
+        if len(inputs) * count <= self.piece_of_passes:
+            draw = Draw(inputs, stream, range(len(inputs)), passes, level)
             return [(yield Shared(self.draws, draw, draw.size))]
         found = []
         x = yield from self.read(inputs)
-        for rows in runs.pieces(len(x), max(1, self.piece_of_passes // passes)):
+        for rows in runs.pieces(len(x), max(1, self.piece_of_passes // count)):
             some_x = x[rows.start : rows.stop]
-            if len(rows) * passes <= self.piece_of_passes:
-                draw = Draw(some_x, stream, rows, range(passes), level)
+            if len(rows) * count <= self.piece_of_passes:
+                draw = Draw(some_x, stream, rows, passes, level)
                 found.append((yield Shared(self.many_draws, draw, draw.size)))
                 continue
             parts = []
-            for some in runs.pieces(passes, self.piece_of_passes):
-                draw = Draw(some_x, stream, rows, some, None)
+            for some in runs.pieces(count, self.piece_of_passes):
+                draw = Draw(some_x, stream, rows, passes[some.start : some.stop], None)
                 parts.append((yield Shared(self.many_draws, draw, draw.size)))
-            found.append((yield Aside(partial(self.finish, np.concatenate(parts), level))))
+            samples = uncertainty.side_by_side(np.concatenate(parts))
+            if level is None:
+                found.append(samples)
+            else:
+                found.append((yield from self.finish(samples, level, stream)))
         return found
 
-    def finish(self, samples: Samples, level: float | None) -> Samples | Statistics:
-        """Summarise samples, where a level says so."""
-        return samples if level is None else runs.summarize(self.manifest, level, samples)
+    def sample_until(
+        self, inputs: Inputs, stream: MaskStream, passes: int, tolerance: float | None
+    ) -> Part:
+        """Run train-mode passes of all rows; give their samples.
+
+        With a tolerance, as few as make all standard errors of the mean as small, but no more than
+        asked for.
+        """
+        if tolerance is None:
+            groups = yield from self.sample(inputs, stream, range(passes), None)
+            return uncertainty.side_by_side(runs.joined(groups, axis=1))
+        parts: list[Samples] = []
+        for some in looks(passes, stream.replicate):
+            groups = yield from self.sample(inputs, stream, some, None)
+            parts.append(runs.joined(groups, axis=1))
+            samples = uncertainty.side_by_side(runs.joined(parts))
+            error = partial(runs.largest_error, self.manifest, samples, stream.replicate)
+            if (yield from self.work(error, samples.size)) <= tolerance:
+                break
+        return samples
+
+    def finish(self, samples: Samples, level: float, stream: MaskStream) -> Part:
+        """Summarise samples."""
+        summarize = partial(runs.summarize, self.manifest, level, samples, stream.replicate)
+        return (yield from self.work(summarize, samples.size))
+
+    def work(self, work: Callable[[], object], values: int) -> Part:
+        """Do work on so many numbers where it holds nobody up."""
+        return work() if values <= VALUES_ON_LOOP else (yield Aside(work))
+
+
+def looks(passes: int, replicate: int) -> Iterator[range]:
+    """Cut passes at those after which a tolerance is looked at, with no replicate cut in two."""
+    start, stop = 0, -(-FIRST_LOOK // replicate) * replicate
+    while start < passes:
+        yield range(start, min(stop, passes))
+        start, stop = stop, 2 * stop
 
 
 def piece(pace: batching.Pace, most: int) -> int:

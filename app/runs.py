@@ -19,21 +19,27 @@ from app.engine import Engine
 from app.errors import InputError
 from app.masks import MaskStream
 from app.rows import read_rows, rows_at_once
-from app.uncertainty import Entropies, Moments, Samples
+from app.uncertainty import Entropies, Floats, Interval, Moments, Samples, Spreads, Statistic
 from export.bundle import Manifest
 
 Rows = NDArray[np.float32]
 Inputs = list[object] | Rows  # rows as they came, or read
 Scalar = TypeVar("Scalar", bound=np.generic)
 Found = TypeVar("Found")
-Statistics = tuple[Moments, Entropies | None]
-
 # What bounds the memory of a run: rows or row-passes, and numbers it computes.
 ROWS_AT_ONCE = 4096
 VALUES_AT_ONCE = 2**24
 # On the CPU, the passes of a run are made in pieces that compute so many numbers, most of which
 # then stay in a core's cache from one node to the next.
 VALUES_IN_CACHE = 2**20
+
+
+class Statistics(NamedTuple):
+    """What the passes of some rows say."""
+
+    moments: Moments
+    interval: Interval
+    parts: Entropies | Spreads  # of classes, of values
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,7 @@ class Draw:
     passes
         Numbers of the passes.
     level
-        Of the interval in the summary that the samples ``[T, b, C]`` become; None: they stay as
-        they are.
+        Of the interval in the summary that the samples become; None: they stay as they are.
     """
 
     inputs: Inputs
@@ -89,14 +94,14 @@ def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputE
         largest = answers.argmax(axis=1).tolist()
         for place in places(sizes):
             if fine or not beyond[place].any():
-                found.append(Prediction(answers[place], largest[place]))
+                found.append(Prediction(values(engine.manifest, answers[place]), largest[place]))
             else:
                 found.append(out_of_reach(engine.manifest))
     return in_place(found, faults)
 
 
 def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Statistics | InputError]:
-    """Run the passes of each draw; return its samples ``[T, b, C]``, or their summary."""
+    """Run the passes of each draw; return its samples, or their summary."""
     x, faults = read([d.inputs for d in draws], engine.manifest.input.shape)
     good = [d for number, d in enumerate(draws) if number not in faults]
     found: list[Samples | Statistics | InputError] = []
@@ -112,9 +117,10 @@ def finish(
     manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
 ) -> list[Samples | Statistics | InputError]:
     """Make of the outputs ``[N, C]`` what each draw asks for, at once for those that ask alike."""
-    alike: dict[tuple[int, float | None], list[int]] = {}
+    alike: dict[tuple[int, float | None, int], list[int]] = {}
     for number, d in enumerate(draws):
-        alike.setdefault((len(d.passes), d.level), []).append(number)
+        key = len(d.passes), d.level, d.stream.replicate
+        alike.setdefault(key, []).append(number)
     if len(alike) == 1:
         return finish_alike(manifest, draws, outputs)
     place_of = list(places(d.size for d in draws))
@@ -129,11 +135,11 @@ def finish(
 def finish_alike(
     manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
 ) -> list[Samples | Statistics | InputError]:
-    """Make of the outputs ``[N, C]`` what draws of as many passes and the same level ask for."""
-    count, level = len(draws[0].passes), draws[0].level
+    """Make of the outputs what draws ask for that are of as many passes, a level and a kind."""
+    count, level, replicate = len(draws[0].passes), draws[0].level, draws[0].stream.replicate
     try:
         samples = answers_by_pass(manifest, outputs, count)
-        summary = None if level is None else summarize(manifest, level, samples)
+        summary = None if level is None else summarize(manifest, level, samples, replicate)
     except InputError as error:
         if len(draws) == 1:
             return [error]
@@ -148,38 +154,77 @@ def finish_alike(
     own = places(len(d.rows) for d in draws)
     if summary is None:
         return [samples[:, rows] for rows in own]
-    moments, entropies = summary
     return [
-        (
-            uncertainty.take(moments, rows),
-            uncertainty.take(entropies, rows) if entropies else None,
+        Statistics(
+            uncertainty.take(summary.moments, rows),
+            uncertainty.take(summary.interval, rows),
+            uncertainty.take(summary.parts, rows),
         )
         for rows in own
     ]
 
 
 def answers_by_pass(manifest: Manifest, outputs: NDArray[np.float32], count: int) -> Samples:
-    """Turn outputs ``[N, C]`` of ``count`` passes a row into samples ``[T, B, C]``."""
+    """Turn outputs of ``count`` passes a row into samples ``[T, B, C]``.
+
+    Where the network answers the noise of its values, too, it stands behind them: ``[T, B, 2C]``.
+    """
     samples = uncertainty.by_pass(outputs, count)
     if not finite(samples):
         raise out_of_reach(manifest)
     return as_answers(manifest, samples)
 
 
-def summarize(manifest: Manifest, level: float, samples: Samples) -> Statistics:
-    """Say what the samples ``[T, B, C]`` of some rows say, in float32.
+def summarize(manifest: Manifest, level: float, samples: Samples, replicate: int) -> Statistics:
+    """Say what the samples of some rows say, each ``replicate`` of which were drawn together.
 
     Raises
     ------
     InputError
-        If the passes of a row lie further apart than float32 reaches.
+        If what they say is beyond float32.
     """
-    moments = uncertainty.moments(samples, level)
     if manifest.task == "classification":
-        return uncertainty.join([moments]), uncertainty.join([uncertainty.entropies(samples)])
-    if not moments.std.max() <= np.finfo(np.float32).max:
-        raise out_of_reach(manifest)
-    return uncertainty.join([moments]), None
+        return Statistics(
+            uncertainty.join([uncertainty.moments(samples, replicate)]),
+            uncertainty.join([uncertainty.passes_interval(samples, level)]),
+            uncertainty.join([uncertainty.entropies(samples)]),
+        )
+    some = values(manifest, samples)
+    moments = uncertainty.moments(some, replicate)
+    noise_std = noise(manifest, samples)
+    spreads = uncertainty.spreads(moments, noise_std)
+    interval = uncertainty.mixture_interval(some, noise_std, spreads.total_std, level)
+    in_reach(manifest, spreads.total_std, interval.lower, interval.upper)
+    return Statistics(
+        uncertainty.join([moments]), uncertainty.join([interval]), uncertainty.join([spreads])
+    )
+
+
+def largest_error(manifest: Manifest, samples: Samples, replicate: int) -> float:
+    """Return the largest standard error of a mean of samples."""
+    moments = uncertainty.moments(values(manifest, samples), replicate)
+    return float(moments.standard_error.max())
+
+
+def join_groups(groups: Sequence[Statistics]) -> Statistics:
+    """Put the summaries of groups of rows together."""
+    return Statistics(
+        uncertainty.join([group.moments for group in groups]),
+        uncertainty.join([group.interval for group in groups]),
+        uncertainty.join([group.parts for group in groups]),
+    )
+
+
+def values(manifest: Manifest, answers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Leave out of answers ``[..., C or 2C]`` the noise."""
+    return answers[..., : len(manifest.outputs.labels)]
+
+
+def noise(manifest: Manifest, samples: Samples) -> Floats:
+    """Return the noise's standard deviation around the passes: ``[C]``, or ``[T, B, C]``."""
+    if manifest.noise_std is not None:
+        return np.array(manifest.noise_std)
+    return np.exp(samples[..., len(manifest.outputs.labels) :], dtype=np.float64)
 
 
 class Segment(NamedTuple):
@@ -255,6 +300,13 @@ def finite(numbers: NDArray[np.floating]) -> bool:
     return bool(np.logical_and.reduce(np.isfinite(numbers), axis=None))
 
 
+def in_reach(manifest: Manifest, *numbers: Statistic) -> list[NDArray[np.float32]]:
+    """Return numbers as float32; raise InputError if one is beyond it."""
+    if not all(np.abs(some).max() <= np.finfo(np.float32).max for some in numbers):
+        raise out_of_reach(manifest)
+    return [some.astype(np.float32, copy=False) for some in numbers]
+
+
 def out_of_reach(manifest: Manifest) -> InputError:
     """Return the error of a request whose answer would hold infinity or NaN."""
     return InputError(
@@ -270,9 +322,9 @@ def places(sizes: Iterable[int]) -> Iterator[slice]:
         yield slice(start, end)
 
 
-def joined(parts: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
+def joined(parts: Sequence[NDArray[Scalar]], axis: int = 0) -> NDArray[Scalar]:
     """Put arrays one after the other; a single one as it is."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 def most_at_once(values: int) -> int:

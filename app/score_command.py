@@ -24,6 +24,7 @@ from app.commandline import OneLineParser
 from app.cpus import available
 from app.device import Device
 from app.errors import InputError, StartError, UnknownModel
+from app.masks import KINDS
 from app.scoring import MAX_ROWS, Scorer, Task
 from app.service import SEED_BITS
 from app.settings import Settings
@@ -47,6 +48,7 @@ def command(arguments: Sequence[str]) -> int:
         options.passes,
         seed,
         options.interval,
+        options.masks,
     )
     # As Ctrl-C does: what is half written goes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -75,6 +77,12 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--passes", type=passes, default=100, help="of each row (default: 100)")
     parser.add_argument("--seed", type=seed, help="of the masks; drawn and told if not given")
     parser.add_argument("--interval", type=level, default=0.9, help="its level (default: 0.9)")
+    parser.add_argument(
+        "--masks",
+        choices=KINDS,
+        default="independent",
+        help="as the service's (default: %(default)s)",
+    )
     parser.add_argument("--model", help="needed where there are several")
     parser.add_argument("--version", type=positive, help="the newest by default")
     parser.add_argument("--models", type=Path, default=default("models"), help="folder of bundles")

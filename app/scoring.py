@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from app import runs
+from app import masks, runs
 from app.device import Device
 from app.errors import InputError
-from app.masks import MaskStream
+from app.masks import Kind
 from app.models import Models, load_engines
 from app.rows import BEYOND
 from app.rows import describe as describe_shape
-from app.runs import Draw
-from app.service import Query, describe, join_groups
+from app.runs import Draw, join_groups
+from app.service import Query, describe
 from app.turns import Turns
 from export.bundle import Manifest
 
@@ -48,6 +48,7 @@ class Task:
     passes: int
     seed: int
     interval: float
+    masks: Kind = "independent"
 
 
 class Scorer:
@@ -90,6 +91,7 @@ class Scorer:
             "passes": self.task.passes,
             "seed": self.task.seed,
             "interval": self.task.interval,
+            "masks": self.task.masks,
             "outputs": self.manifest.outputs.labels,
         }
         return pa.schema([*kept, *answer], {"dropserve": json.dumps(self.model.identity | asked)})
@@ -134,7 +136,7 @@ class Scorer:
     def answer(self, x: NDArray[np.float32], first: int, passes: int) -> pa.Table:
         """Run some passes of rows ``x [B, *shape]``, and say what they say."""
         task = self.task
-        stream = MaskStream(task.seed, self.manifest.sites)
+        stream = masks.stream(task.masks, task.seed, self.manifest.sites)
         groups = []
         for some in runs.pieces(len(x), max(1, self.most // passes)):
             rows = range(first + some.start, first + some.stop)
@@ -145,8 +147,8 @@ class Scorer:
             # Not the samples, since there is a level.
             assert isinstance(group, tuple)
             groups.append(group)
-        query = Query(x, task.model, task.version, passes, task.seed, task.interval)
-        found = describe(self.model, query, *join_groups(groups))
+        query = Query(x, task.model, task.version, passes, task.seed, task.interval, task.masks)
+        found = describe(self.model, query, stream, passes, join_groups(groups))
         interval = found.pop("interval")
         assert isinstance(interval, dict)
         return as_table(found | {bound: interval[bound] for bound in ("lower", "upper")})

@@ -11,7 +11,7 @@ Answers are dictionaries of arrays, named as the HTTP interface names them.
 import math
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from app import runs, uncertainty
+from app import conformal, masks, runs, uncertainty
 from app.call import Call
 from app.errors import InputError, Overloaded
-from app.masks import MaskStream
+from app.masks import Kind, MaskStream
 from app.model import Aside, Model, Shared
 from app.models import Engines, Models
 from app.rows import check_count
-from app.runs import Inputs, Statistics
+from app.runs import Inputs, Statistics, join_groups
 from app.turns import Turns
-from app.uncertainty import Entropies, Moments
+from app.uncertainty import Samples
 
 Answer = dict[str, object]
 
-# Numbers in the samples of a debug answer.
-MAX_DEBUG_VALUES = 1_000_000
+# Numbers in the samples of an answer that is made of all of them at once: a debug answer, and one
+# of which it is not known how many passes it takes.
+MAX_KEPT_VALUES = 1_000_000
 # A drawn seed is a whole number that JavaScript, too, reads without loss.
 SEED_BITS = 53
 # Row-passes of all requests that are being answered.
@@ -52,6 +53,9 @@ class Query:
     passes: int
     seed: int | None
     interval: float
+    masks: Kind = "independent"
+    tolerance: float | None = None
+    coverage: float | None = None
 
 
 class Admit(NamedTuple):
@@ -62,9 +66,15 @@ class Admit(NamedTuple):
     passes: int  # 0 in eval mode
 
 
+class Took(NamedTuple):
+    """A step: how many passes it took."""
+
+    passes: int
+
+
 # What a step is sent depends on the step, so no one type says it.
 Answered = TypeVar("Answered")
-Steps = Generator[Shared | Aside | Admit, Any, Answered]
+Steps = Generator[Shared | Aside | Admit | Took, Any, Answered]
 
 
 class Queue:
@@ -174,6 +184,8 @@ class Service:
                 elif isinstance(step, Aside):
                     call.check_time(time.monotonic())
                     outcome = await self.turns.submit(step.work, long=True)
+                elif isinstance(step, Took):
+                    call.passes = step.passes
                 else:
                     model, call.rows, call.passes = step
                     call.model, call.version = model.manifest.name, model.manifest.version
@@ -201,40 +213,30 @@ class Service:
     def uncertainty_steps(self, query: Query) -> Steps[Answer]:
         """Answer with the statistics of train-mode passes."""
         model, stream = yield from self.begin(query)
-        summaries = yield from model.sample(query.inputs, stream, query.passes, query.interval)
-        return head(model, stream, query) | describe(model, query, *join_groups(summaries))
+        if query.tolerance is None:
+            passes = range(query.passes)
+            groups = yield from model.sample(query.inputs, stream, passes, query.interval)
+            return describe(model, query, stream, query.passes, join_groups(groups))
+        samples, statistics = yield from sampled(model, query, stream)
+        return describe(model, query, stream, len(samples), statistics)
 
     def debug_steps(self, query: Query) -> Steps[Answer]:
         """Answer as ``uncertainty_steps`` does, and with the passes themselves."""
         model, stream = yield from self.begin(query)
-        inputs = query.inputs
-        values = len(inputs) * query.passes * len(model.manifest.outputs.labels)
-        if values > MAX_DEBUG_VALUES:
-            raise InputError(
-                "passes",
-                f"rows x passes x outputs may be at most {MAX_DEBUG_VALUES} here, not {values}",
-            )
-        groups = yield from model.sample(inputs, stream, query.passes, None)
-        summaries = yield Aside(
-            lambda: [model.finish(samples, query.interval) for samples in groups]
-        )
-        moments, entropies = join_groups(summaries)
-        point, _ = yield from model.deterministic(inputs)
-        gap = uncertainty.expectation_gap(moments, point)
-        kept = yield Aside(partial(kept_shares, model, stream, len(inputs), query.passes))
-        return (
-            head(model, stream, query)
-            | describe(model, query, moments, entropies)
-            | {
-                "samples": np.ascontiguousarray(np.concatenate(groups, axis=1)),
-                "deterministic": point,
-                "expectation_gap": None if query.passes == 1 else gap,
-                "sites": [
-                    {"name": site.name, "p": site.p, "scaling": site.scaling, "kept": share}
-                    for site, share in zip(model.manifest.sites, kept, strict=True)
-                ],
-            }
-        )
+        samples, statistics = yield from sampled(model, query, stream)
+        passes, rows = samples.shape[:2]
+        point, _ = yield from model.deterministic(query.inputs)
+        gap = uncertainty.expectation_gap(statistics.moments, point)
+        kept = yield Aside(partial(kept_shares, model, stream, rows, passes))
+        return describe(model, query, stream, passes, statistics) | {
+            "samples": np.ascontiguousarray(runs.values(model.manifest, samples)),
+            "deterministic": point,
+            "expectation_gap": None if passes == 1 else gap,
+            "sites": [
+                {"name": site.name, "p": site.p, "scaling": site.scaling, "kept": share}
+                for site, share in zip(model.manifest.sites, kept, strict=True)
+            ],
+        }
 
     def state(self) -> Answer:
         """Say which versions of which models are served, and on what."""
@@ -249,9 +251,11 @@ class Service:
         model = self.models.find(query.model, query.version)
         check_count(query.inputs, self.max_rows)
         self.check_passes(len(query.inputs), query.passes)
+        if query.coverage is not None:
+            conformal.check(model.manifest, query.coverage)
         yield Admit(model, len(query.inputs), query.passes)
         seed = secrets.randbits(SEED_BITS) if query.seed is None else query.seed
-        return model, MaskStream(seed, model.manifest.sites)
+        return model, masks.stream(query.masks, seed, model.manifest.sites)
 
     def check_passes(self, rows: int, passes: int) -> None:
         """Raise InputError if a request asks for too much."""
@@ -281,9 +285,27 @@ def alone(steps: Steps[Answer]) -> Answer:
         return answer
 
 
-def head(model: Model, stream: MaskStream, query: Query) -> Answer:
-    """Say who answers, and what it takes to ask again."""
-    return model.identity | {"passes": query.passes, "seed": stream.seed}
+def sampled(
+    model: Model, query: Query, stream: MaskStream
+) -> Generator[Shared | Aside | Took, Any, tuple[Samples, Statistics]]:
+    """Run all passes of a query at once; give their samples, and what they say.
+
+    Raises
+    ------
+    InputError
+        If that would be too many numbers.
+    """
+    values = len(query.inputs) * query.passes * model.manifest.width
+    if values > MAX_KEPT_VALUES:
+        why = "here" if query.tolerance is None else "with a tolerance"
+        raise InputError(
+            "passes",
+            f"rows x passes x outputs may be at most {MAX_KEPT_VALUES} {why}, not {values}",
+        )
+    samples = yield from model.sample_until(query.inputs, stream, query.passes, query.tolerance)
+    yield Took(len(samples))
+    statistics = yield from model.finish(samples, query.interval, stream)
+    return samples, statistics
 
 
 def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> list[float]:
@@ -296,23 +318,25 @@ def kept_shares(model: Model, stream: MaskStream, rows: int, passes: int) -> lis
     return shares
 
 
-def join_groups(groups: Sequence[Statistics]) -> Statistics:
-    """Put the summaries of groups of rows together."""
-    moments = uncertainty.join([moments for moments, _ in groups])
-    entropies = [entropies for _, entropies in groups if entropies is not None]
-    return moments, uncertainty.join(entropies) if entropies else None
-
-
-def describe(model: Model, query: Query, m: Moments, e: Entropies | None) -> Answer:
-    """Name what the passes say."""
-    answer: Answer = {"labels": model.labels(m.mean.argmax(axis=1).tolist())} if e else {}
+def describe(
+    model: Model, query: Query, stream: MaskStream, passes: int, statistics: Statistics
+) -> Answer:
+    """Name who answers, what it takes to ask again, and what the passes say."""
+    moments, interval, parts = statistics
+    answer: Answer = model.identity | {"passes": passes, "seed": stream.seed}
+    if model.classification:
+        answer["labels"] = model.labels(moments.mean.argmax(axis=1).tolist())
     answer |= {
-        "mean": m.mean,
-        "std": m.std,
-        "standard_error": None if query.passes == 1 else m.standard_error,
-        "interval": {"level": query.interval, "lower": m.lower, "upper": m.upper},
-        # Until a tolerance can be asked for, there is nothing to converge to.
-        "converged": None,
+        "mean": moments.mean,
+        "std": moments.std,
+        "standard_error": None if passes == 1 else moments.standard_error,
+        "interval": {"level": query.interval, "lower": interval.lower, "upper": interval.upper},
+        "converged": None
+        if query.tolerance is None
+        # That of a single pass is not known, so not a number, which compares to none.
+        else bool(moments.standard_error.max() <= query.tolerance),
     }
-    noise_std = model.manifest.noise_std or ()
-    return answer | vars(e if e else uncertainty.spreads(m, noise_std))
+    answer |= vars(parts)
+    if query.coverage is not None:
+        answer |= conformal.describe(model.manifest, query.coverage, statistics)
+    return answer

@@ -7,12 +7,18 @@ References
 ----------
 Gal and Ghahramani (2016), Dropout as a Bayesian Approximation.
 Gal (2016), Uncertainty in Deep Learning, section 3.3.
+Kendall and Gal (2017), What Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision?
+McKay, Beckman and Conover (1979), A Comparison of Three Methods for Selecting Values of Input
+Variables in the Analysis of Output from a Computer Code.
+Owen (1992), A Central Limit Theorem for Latin Hypercube Sampling.
 Houlsby et al. (2011), Bayesian Active Learning for Classification and Preference Learning.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
@@ -25,8 +31,15 @@ Statistic = NDArray[np.float32] | NDArray[np.float64]
 
 # A standard error below what another order of additions changes says nothing.
 ROUNDING = 1e-5
+EPSILON = float(np.finfo(np.float32).eps)
 # Keeps 0 from being divided by, and from the logarithm. No float32 but 0 and subnormals is less.
 TINY = float(np.finfo(np.float32).tiny)
+# The quantiles of a mixture are searched until a step is less than so many standard deviations of
+# the noise: Newton's next would be of its square. Steps that halve what is left are fewer than 60
+# even where passes lie 2^50 of them apart.
+CLOSE, MOST_STEPS = 1e-3, 60
+# Steps of the table of the normal distribution function in a standard deviation, and its end.
+NORMAL_STEPS, NORMAL_END = 512, 38
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,12 @@ class Moments:
     mean: Statistic
     std: Statistic
     standard_error: Statistic
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The ends of an interval of each output, ``[B, C]`` each."""
+
     lower: Statistic
     upper: Statistic
 
@@ -59,16 +78,17 @@ class Entropies:
     variation_ratio: Statistic
 
 
-Summary = TypeVar("Summary", Moments, Spreads, Entropies)
+Summary = TypeVar("Summary", bound=Moments | Interval | Spreads | Entropies)
 
 
 def by_pass(outputs: NDArray[np.float32], passes: int) -> Samples:
-    """View outputs ``[N, C]``, the passes of a row together, as samples ``[T, B, C]``.
+    """View outputs ``[N, C]``, the passes of a row together, as samples ``[T, B, C]``."""
+    return side_by_side(outputs.reshape(-1, passes, outputs.shape[-1]).swapaxes(0, 1))
 
-    The passes of an output lie side by side in memory, since statistics run along them.
-    """
-    grouped = outputs.reshape(-1, passes, outputs.shape[-1])  # [B, T, C]
-    return np.ascontiguousarray(grouped.transpose(0, 2, 1)).transpose(2, 0, 1)
+
+def side_by_side(samples: Samples) -> Samples:
+    """Put the passes of an output side by side in memory, since statistics run along them."""
+    return np.ascontiguousarray(samples.transpose(1, 2, 0)).transpose(2, 0, 1)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -82,27 +102,71 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return probabilities
 
 
-def moments(samples: Samples, level: float) -> Moments:
-    """Summarise ``samples [T, B, C]``.
+def moments(samples: Samples, replicate: int = 1) -> Moments:
+    """Summarise ``samples [T, B, C]``, of which each ``replicate`` were drawn together.
 
     ``std`` is the sample standard deviation s (divisor T - 1; of a single pass it is 0), and
-    ``standard_error`` is that of the mean, s / sqrt(T); of a single pass it is not known: NaN.
-    ``lower`` and ``upper`` are the quantiles (1 - level) / 2 and (1 + level) / 2 of the passes.
+    ``standard_error`` is that of the mean: s / sqrt(T) where each pass was drawn on its own, else
+    see ``replicated_error``; of a single pass it is not known: NaN.
     """
     passes = len(samples)
     values = samples.astype(np.float64)
     mean = np.add.reduce(values) / passes
     if passes == 1:
-        std, standard_error = np.zeros_like(mean), np.full_like(mean, np.nan)
-    else:
-        values -= mean
-        values *= values
-        std = np.sqrt(np.add.reduce(values) / (passes - 1))
-        standard_error = std / math.sqrt(passes)
+        return Moments(mean, np.zeros_like(mean), np.full_like(mean, np.nan))
+    values -= mean
+    replicated = replicated_error(values, replicate) if replicate > 1 else None
+    values *= values
+    std = np.sqrt(np.add.reduce(values) / (passes - 1))
+    standard_error = std / math.sqrt(passes)
+    if replicated is not None:
+        bound = math.sqrt(replicate / (replicate - 1)) * standard_error
+        # Where an output is linear in the masks, nothing is left but the rounding of its passes.
+        rounding = EPSILON * np.hypot(mean, std)
+        standard_error = np.maximum(np.minimum(bound, replicated), rounding)
+    return Moments(mean, std, standard_error)
+
+
+def replicated_error(deviations: Floats, replicate: int) -> Floats:
+    """Estimate the standard error of a mean of passes that were drawn ``replicate`` at a time.
+
+    Passes of a replicate are not independent of each other, so s / sqrt(T) is not the standard
+    error; but the R replicates are (McKay, Beckman and Conover 1979; Owen 1992). With deviation d_r
+    of the mean of replicate r, of n_r passes, from the mean of all, it is
+
+        sqrt(sum_r n_r d_r^2 / (R - 3) / T)
+
+    Divided by R - 1 the sum would be right on average. Few replicates tell it roughly, and the
+    error of the mean in units of it follows Student's t of R - 1 degrees of freedom, whose variance
+    is (R - 1) / (R - 3): so divided, units of it mean what one expects of a standard error. Three
+    replicates cannot tell: infinity.
+
+    Stratified masks raise the variance of no mean by more than n / (n - 1), n passes a replicate,
+    so what independent masks would have is, with this factor, a bound.
+
+    Parameters
+    ----------
+    deviations
+        Of the passes from their mean, ``[T, B, C]``.
+    replicate
+        Passes of a replicate; the last one may be shorter.
+    """
+    passes = len(deviations)
+    starts = np.arange(0, passes, replicate)
+    if len(starts) <= 3:
+        return np.full(deviations.shape[1:], np.inf)
+    sums = np.add.reduceat(deviations, starts)  # [R, B, C], n_r d_r each
+    sums *= sums
+    sums /= np.diff(starts, append=passes)[:, None, None]
+    error: Floats = np.sqrt(np.add.reduce(sums) / ((len(starts) - 3) * passes))
+    return error
+
+
+def passes_interval(samples: Samples, level: float) -> Interval:
+    """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of the passes ``[T, B, C]``."""
     # Cheaper than numpy's quantile, which partitions, and as float64.
     ordered = np.sort(samples, axis=0)
-    lower, upper = quantile(ordered, (1 - level) / 2), quantile(ordered, (1 + level) / 2)
-    return Moments(mean, std, standard_error, lower, upper)
+    return Interval(quantile(ordered, (1 - level) / 2), quantile(ordered, (1 + level) / 2))
 
 
 def quantile(ordered: Samples, share: float) -> Floats:
@@ -118,6 +182,77 @@ def quantile(ordered: Samples, share: float) -> Floats:
     if part > 0:
         between += ordered[below + 1] * part
     return between
+
+
+def mixture_interval(
+    samples: Samples, noise_std: Floats, total_std: Statistic, level: float
+) -> Interval:
+    """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of what is predicted.
+
+    That is the mixture ``1/T sum_t N(f_t, noise_std^2)`` (Gal and Ghahramani 2016, appendix, eq.
+    8): its quantile q solves ``1/T sum_t Phi((q - f_t) / noise_std) = share``. It lies between the
+    least and the greatest quantile of a single component, and is found by Newton's method, safe by
+    bisection (Press et al. 1992, Numerical Recipes, section 9.4).
+
+    Parameters
+    ----------
+    samples
+        ``[T, B, C]``.
+    noise_std
+        ``[C]`` or ``[T, B, C]``.
+    total_std
+        Of the mixture, ``[B, C]``.
+    level
+        Of the interval.
+    """
+    passes = len(samples)
+    share = (1 - level) / 2
+    # The upper quantile is the lower one of the values' negatives, where small shares keep their
+    # digits.
+    values = np.stack([samples, -samples]).astype(np.float64)  # [2, T, B, C]
+    tail = NormalDist().inv_cdf(share)
+    ends = values + noise_std * tail
+    low, high = np.minimum.reduce(ends, 1), np.maximum.reduce(ends, 1)  # [2, B, C]
+    # As if the mixture were a normal distribution, too; mostly it nearly is.
+    place = np.add.reduce(values, 1) / passes + tail * total_std
+    close = CLOSE * (noise_std if noise_std.ndim == 1 else np.minimum.reduce(noise_std))
+    step = high - low
+    for _ in range(MOST_STEPS):
+        z = (place[:, None] - values) / noise_std
+        density = np.exp(z * z * -0.5) / math.sqrt(2 * math.pi)
+        excess = np.add.reduce(normal_share(z, density), 1) / passes - share
+        density /= noise_std
+        slope = np.add.reduce(density, 1) / passes
+        low, high = np.where(excess < 0, place, low), np.where(excess < 0, high, place)
+        found = place - excess / np.maximum(slope, TINY)
+        # Steps that do not halve would go round and round, those out of bounds astray.
+        good = (2 * np.abs(excess) <= step * slope) & (found >= low) & (found <= high)
+        found = np.where(good, found, (low + high) / 2)
+        step = np.abs(found - place)
+        place = found
+        if np.logical_and.reduce(step <= close, None):
+            break
+    return Interval(place[0], -place[1])
+
+
+def normal_share(z: Floats, density: Floats) -> Floats:
+    """Return the standard normal distribution function, given its density at the same places.
+
+    From the nearest entry of a table along the tangent: right within 2e-6 of itself down to -2, and
+    within z^2 times 5e-7 of it below.
+    """
+    steps = np.rint(np.clip(z, -NORMAL_END, NORMAL_END) * NORMAL_STEPS)
+    found = normal_table().take(steps.astype(np.int64) + NORMAL_END * NORMAL_STEPS)
+    found += density * (z - steps / NORMAL_STEPS)
+    return found
+
+
+@lru_cache
+def normal_table() -> Floats:
+    """Return the standard normal distribution function at the places of the table."""
+    most = NORMAL_END * NORMAL_STEPS
+    scale = -math.sqrt(0.5) / NORMAL_STEPS
+    return np.array([0.5 * math.erfc(scale * place) for place in range(-most, most + 1)])
 
 
 def entropies(samples: Samples) -> Entropies:
@@ -145,13 +280,24 @@ def entropies(samples: Samples) -> Entropies:
     )
 
 
-def spreads(m: Moments, noise_std: Sequence[float]) -> Spreads:
+def spreads(m: Moments, noise_std: Floats) -> Spreads:
     """Split the spread of a value into the model's part and the data's.
 
     The predictive variance is that of the passes (epistemic) plus that of the observation noise,
-    ``noise_std [C]`` = tau^(-1/2) (aleatoric): Gal and Ghahramani 2016, eq. 7.
+    tau^-1 (aleatoric): Gal and Ghahramani 2016, eq. 7. Where the passes differ in their noise, it
+    is its mean: Kendall and Gal 2017, eq. 9.
+
+    Parameters
+    ----------
+    m
+        Of the passes.
+    noise_std
+        ``[C]`` or ``[T, B, C]``.
     """
-    aleatoric = np.tile(np.array(noise_std, dtype=m.std.dtype), (len(m.std), 1))
+    if noise_std.ndim == 1:
+        aleatoric = np.tile(noise_std.astype(m.std.dtype), (len(m.std), 1))
+    else:
+        aleatoric = np.sqrt(np.add.reduce(noise_std * noise_std) / len(noise_std))
     return Spreads(m.std, aleatoric, np.hypot(m.std, aleatoric))
 
 
@@ -182,7 +328,7 @@ def take(summary: Summary, rows: slice) -> Summary:
 def join(parts: Sequence[Summary]) -> Summary:
     """Put the summaries of groups of rows together, in order, as precise as the samples were."""
     if len(parts) == 1:
-        columns = [column.astype(np.float32, copy=False) for column in vars(parts[0]).values()]
+        columns = [np.ascontiguousarray(c, np.float32) for c in vars(parts[0]).values()]
     else:
         columns = [
             np.concatenate([getattr(part, field.name) for part in parts], dtype=np.float32)

@@ -26,7 +26,7 @@ from app import repository
 from app.device import OPTIONS, PROVIDERS, Device, check_present
 from app.engine import Engine
 from app.errors import DeviceUnavailable
-from app.masks import UNITS_A_BLOCK, MaskStream
+from app.masks import NUMBERS_A_BLOCK, MaskStream
 from benchmarks import network, timing
 from export import half_precision
 from export.bundle import ROWS as ROWS_INPUT
@@ -173,7 +173,7 @@ def unpacked(device: Device, masks: Feed) -> Work:
     feed = {}
     for place, mask in enumerate(masks.values()):
         flat = mask.reshape(len(mask), -1)
-        assert flat.shape[1] % UNITS_A_BLOCK == 0
+        assert flat.shape[1] % NUMBERS_A_BLOCK == 0
         feed[f"bits{place}"] = np.packbits(flat, axis=1)
         weights.append(numpy_helper.from_array(np.array(mask.shape), f"shape{place}"))
         nodes += [

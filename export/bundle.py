@@ -137,18 +137,49 @@ class Manifest(Record):
     )
     values_per_pass: int = Field(ge=1, description="Numbers that stochastic.onnx computes a pass.")
     sites: tuple[DropoutSite, ...]
+    noise: Literal["constant", "input"] = Field(
+        default="constant",
+        description="Regression only; input: it depends on the input. Then the graphs answer [., "
+        "2C], the values and behind them the logarithms of their noise's standard deviations.",
+    )
     noise_std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        description="Standard deviation of the targets around the passes, [C]; regression only."
+        description="Standard deviation of the targets around the passes, [C]: tau^(-1/2). Null "
+        "for classes, and where the noise depends on the input."
     )
     provenance: Provenance
     files: dict[str, str] = Field(description="SHA-256 of every other file.")
+    conformal_scores: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] | None = Field(
+        default=None,
+        description="How far the answers of held-out rows were off, ascending: a list for all "
+        "classes, or one for each target; see export/conformal.py.",
+    )
+
+    @property
+    def width(self) -> int:
+        """Count the numbers that a graph answers for a row or pass."""
+        return len(self.outputs.labels) * (2 if self.noise == "input" else 1)
 
     @model_validator(mode="after")
     def check_noise(self) -> Self:
         """Refuse a regression without a noise for each target, and classes with one."""
-        targets = len(self.outputs.labels) if self.task == "regression" else 0
+        if self.task == "classification" and self.noise != "constant":
+            raise ValueError("noise must be 'constant' for a classification")
+        own = self.task == "regression" and self.noise == "constant"
+        targets = len(self.outputs.labels) if own else 0
         if len(self.noise_std or ()) != targets:
-            raise ValueError(f"noise_std must hold {targets} values for a {self.task}")
+            where = " whose noise depends on the input" if self.noise == "input" else ""
+            raise ValueError(f"noise_std must hold {targets} values for a {self.task}{where}")
+        return self
+
+    @model_validator(mode="after")
+    def check_conformal_scores(self) -> Self:
+        """Refuse scores that are not ascending, or not of each target."""
+        lists = len(self.outputs.labels) if self.task == "regression" else 1
+        if self.conformal_scores is not None and (
+            len(self.conformal_scores) != lists
+            or any(not scores or list(scores) != sorted(scores) for scores in self.conformal_scores)
+        ):
+            raise ValueError(f"conformal_scores must be {lists} ascending lists")
         return self
 
 

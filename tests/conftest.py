@@ -16,6 +16,8 @@ import httpx
 import pytest
 from filelock import FileLock
 
+from tests import enumerated
+
 # The workers of a parallel run share the cores: torch's threads would only be in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -47,18 +49,35 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``runs/NAME``, ``models/NAME/1`` and ``NAME.log``, the commands' output.
+    """A folder with ``runs/NAME``, ``models/NAME/1`` and ``NAME.log``, the commands' output."""
 
-    The workers of a parallel run share it.
-    """
-    folder = tmp_path_factory.getbasetemp()
+    def make(folder: Path) -> None:
+        for name, options in TRAINED.items():
+            build(folder, name, options)
+
+    return once(tmp_path_factory, "built", make)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``runs/NAME`` and ``models/NAME/1`` of each of ``enumerated.NAMES``."""
+
+    def make(folder: Path) -> None:
+        for name in enumerated.NAMES:
+            enumerated.train(name, folder)
+
+    return once(tmp_path_factory, "tiny", make)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first who needs it makes; the workers of a run share it."""
+    folder = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    folder = folder / "built"
+    folder = folder / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
-            for name, options in TRAINED.items():
-                build(folder, name, options)
+            make(folder)
             (folder / "done").touch()
     return folder
 

@@ -308,4 +308,7 @@ def query(request: UncertaintyRequest) -> Query:
         passes=request.passes,
         seed=request.seed,
         interval=request.interval,
+        masks=request.masks,
+        tolerance=request.tolerance,
+        coverage=request.coverage,
     )

@@ -43,7 +43,7 @@ LENGTH = b"inference-header-content-length"
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 # What may be asked of NAME.mc.
-PARAMETERS = ("passes", "seed", "masks")
+PARAMETERS = ("passes", "seed", "masks", "tolerance")
 
 Column = NDArray[np.float32] | Sequence[str]
 
@@ -91,7 +91,8 @@ def infer(
     if asked.mc:
         query = read_query(request, x, model)
         answer = yield from service.uncertainty_steps(query)
-        head["parameters"] = {"passes": answer["passes"], "seed": answer["seed"]}
+        told = ("passes", "seed") if query.tolerance is None else ("passes", "seed", "converged")
+        head["parameters"] = {name: answer[name] for name in told}
     else:
         if request.parameters:
             raise InputError("parameters", f"none are allowed but for {asked.name}{MC}")
@@ -161,7 +162,14 @@ def read_query(request: InferRequest, x: Rows, model: Model) -> Query:
         raise InputError("parameters", f"allowed are {', '.join(PARAMETERS)}, not {name[:100]!r}")
     asked = UncertaintyRequest.model_validate({"inputs": [], **request.parameters})
     return Query(
-        x, model.manifest.name, model.manifest.version, asked.passes, asked.seed, asked.interval
+        x,
+        model.manifest.name,
+        model.manifest.version,
+        asked.passes,
+        asked.seed,
+        asked.interval,
+        asked.masks,
+        asked.tolerance,
     )
 
 

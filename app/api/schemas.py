@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.masks import Kind
+
 Matrix = list[list[float]]  # [B, C]
 Column = list[float]  # [B]
 
@@ -47,9 +49,28 @@ class UncertaintyRequest(PredictRequest):
         None, ge=0, lt=2**63, description="Of the masks; drawn and returned if not given."
     )
     interval: float = Field(
-        0.9, gt=0, lt=1, description="Share of the passes that lie in the interval."
+        0.9,
+        gt=0,
+        lt=1,
+        description="Share of the passes, or of the predicted values, that lies in the interval.",
     )
-    masks: Literal["independent"] = Field("independent", description="How masks are drawn.")
+    masks: Kind = Field(
+        "independent",
+        description="How masks are drawn. Stratified: of some ten passes together, of which each "
+        "unit is kept in as many as it should be; the same mean with fewer passes.",
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        lt=float("inf"),
+        description="Draw passes only until all standard errors are as small; passes is the most.",
+    )
+    coverage: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Answer, too, what holds the truth with this probability (split-conformal).",
+    )
 
 
 class ClassPrediction(Document):
@@ -70,9 +91,17 @@ class ValuePrediction(Document):
 
 
 class Interval(Document):
-    """Quantiles of the passes."""
+    """Quantiles of the passes, or of the predicted values."""
 
     level: float
+    lower: Matrix
+    upper: Matrix
+
+
+class PredictionInterval(Document):
+    """Interval that holds the truth with a probability of at least ``coverage``, over rows."""
+
+    coverage: float
     lower: Matrix
     upper: Matrix
 
@@ -82,15 +111,19 @@ class Uncertainty(Document):
 
     model: str
     version: int
-    passes: int
+    passes: int = Field(description="With a tolerance, as many as it took.")
     seed: int
     mean: Matrix
     std: Matrix = Field(description="Of the passes, divisor passes - 1.")
     standard_error: Matrix | None = Field(
-        description="Of the mean: std / sqrt(passes). Null for a single pass, which cannot tell."
+        description="Of the mean: std / sqrt(passes), or what the replicates of stratified masks "
+        "tell. Null for a single pass, which cannot tell."
     )
     interval: Interval
-    converged: bool | None = Field(description="Null where no tolerance was asked for.")
+    converged: bool | None = Field(
+        description="Whether all standard errors are within the tolerance. Null where none was "
+        "asked for."
+    )
 
 
 class ClassUncertainty(Uncertainty):
@@ -101,6 +134,11 @@ class ClassUncertainty(Uncertainty):
     expected_entropy: Column = Field(description="Mean entropy of the passes: the data's part.")
     mutual_information: Column = Field(description="Their difference: the model's part.")
     variation_ratio: Column = Field(description="Share of passes that name another class.")
+    prediction_set: list[list[str]] | None = Field(
+        None,
+        description="With coverage: for each row the labels among which the truth is, with at "
+        "least that probability over rows.",
+    )
 
 
 class ValueUncertainty(Uncertainty):
@@ -109,6 +147,7 @@ class ValueUncertainty(Uncertainty):
     epistemic_std: Matrix = Field(description="The model's part: std of the passes.")
     aleatoric_std: Matrix = Field(description="The data's part: noise fitted when training.")
     total_std: Matrix
+    prediction_interval: PredictionInterval | None = Field(None, description="With coverage.")
 
 
 class SiteReport(Document):
@@ -267,7 +306,7 @@ class InferDocument(Document):
 
     id: str | None = None
     parameters: dict[str, object] = Field(
-        {}, description="passes, seed and masks for NAME.mc; binary_data_output."
+        {}, description="passes, seed, masks and tolerance for NAME.mc; binary_data_output."
     )
     inputs: list[InferTensor] = Field(min_length=1, max_length=1)
     outputs: list[InferOutput] | None = Field(None, description="All by default.")

@@ -162,6 +162,7 @@ def test_without_a_seed_one_is_drawn_and_kept_with_all_else_it_takes_to_repeat(
         "passes": 7,
         "seed": None,
         "interval": 0.9,
+        "masks": "independent",
         "outputs": list("0123456789"),
     }
     again = ["--passes", "7", "--seed", str(said["seed"])]

@@ -50,21 +50,96 @@ def test_softmax_by_value() -> None:
 
 def test_moments_by_value() -> None:
     samples = np.array([1, 2, 3, 6], np.float32).reshape(4, 1, 1)
-    m = uncertainty.moments(samples, level=0.5)
+    m = uncertainty.moments(samples)
     assert m.mean == 3.0
     # Squared distances 4, 1, 0 and 9, divided by T - 1 = 3.
     np.testing.assert_allclose(m.std, math.sqrt(14 / 3))
     np.testing.assert_allclose(m.standard_error, math.sqrt(14 / 3) / 2)
     # A quarter and three quarters of the way along the sorted values.
-    assert (m.lower.item(), m.upper.item()) == (1.75, 3.75)
+    interval = uncertainty.passes_interval(samples, level=0.5)
+    assert (interval.lower.item(), interval.upper.item()) == (1.75, 3.75)
 
 
 def test_one_pass_has_no_spread_and_an_unknown_standard_error() -> None:
-    m = uncertainty.moments(probabilities(passes=1), level=0.9)
-    assert (m.std == 0).all()
-    assert np.isnan(m.standard_error).all()
-    assert np.array_equal(m.lower, m.mean)
-    assert np.array_equal(m.upper, m.mean)
+    samples = probabilities(passes=1)
+    for replicate in (1, 10):
+        m = uncertainty.moments(samples, replicate)
+        assert (m.std == 0).all()
+        assert np.isnan(m.standard_error).all()
+    interval = uncertainty.passes_interval(samples, level=0.9)
+    assert np.array_equal(interval.lower, m.mean)
+    assert np.array_equal(interval.upper, m.mean)
+
+
+def test_the_standard_error_of_replicates_by_value() -> None:
+    # Four replicates of two passes, whose means are 0, 2, 4 and 6, and one of a single pass: 3.
+    samples = np.array([-5, 5, -3, 7, -1, 9, 1, 11, 3], np.float32).reshape(9, 1, 1)
+    m = uncertainty.moments(samples, replicate=2)
+    assert m.mean == 3.0
+    # 2 (9 + 1 + 1 + 9) + 1 x 0, divided by 5 - 3 and by 9.
+    np.testing.assert_allclose(m.standard_error, math.sqrt(40 / 2 / 9))
+
+
+def test_three_replicates_cannot_tell_so_the_bound_of_all_masks_counts() -> None:
+    samples = probabilities(passes=30)
+    m = uncertainty.moments(samples, replicate=10)
+    np.testing.assert_allclose(m.standard_error, m.std / math.sqrt(30) * math.sqrt(10 / 9))
+
+
+def test_the_standard_error_of_replicates_is_never_above_the_bound() -> None:
+    # Passes that differ by replicate alone.
+    samples = np.repeat(np.arange(10, dtype=np.float32), 10).reshape(100, 1, 1)
+    m = uncertainty.moments(samples, replicate=10)
+    np.testing.assert_allclose(m.standard_error, m.std / 10 * math.sqrt(10 / 9))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[Samples, NDArray[np.float64]]:
+    """Passes and the noise around them: as wide as they are apart, or so narrow that gaps are."""
+    passes = draw(st.integers(1, 30))
+    seed = draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    apart = 10 ** rng.uniform(-4, 4)
+    samples = (apart * rng.standard_t(2, (passes, 2, 3))).astype(np.float32)
+    shape = (3,) if draw(st.booleans()) else (passes, 2, 3)
+    return samples, 10 ** rng.uniform(-2, 2, shape)
+
+
+@quick
+@given(mixtures(), st.sampled_from([1e-3, 0.5, 0.9, 0.99, 0.9999]))
+def test_the_predicted_interval_leaves_its_share_of_the_mixture_on_either_side(
+    mixture: tuple[Samples, NDArray[np.float64]], level: float
+) -> None:
+    samples, noise_std = mixture
+    m = uncertainty.moments(samples)
+    total_std = uncertainty.spreads(m, noise_std).total_std
+    interval = uncertainty.mixture_interval(samples, noise_std, total_std, level)
+    below = stats.norm.cdf((interval.lower - samples) / noise_std)
+    above = stats.norm.sf((interval.upper - samples) / noise_std)
+    # A quantile is right within 1e-3 of a standard deviation of the noise, over which the share of
+    # a component changes by z / 1000 at most, with z up to 4.1 here.
+    for outside in (below, above):
+        np.testing.assert_allclose(outside.mean(axis=0), (1 - level) / 2, rtol=5e-3)
+
+
+def test_the_predicted_interval_of_passes_that_agree_is_that_of_the_noise() -> None:
+    samples = np.full((20, 1, 2), [[3, -1e6]], np.float32)
+    noise_std = np.array([2.0, 5.0])
+    total_std = uncertainty.spreads(uncertainty.moments(samples), noise_std).total_std
+    for level in (0.5, 0.9, 0.999999):
+        interval = uncertainty.mixture_interval(samples, noise_std, total_std, level)
+        z = stats.norm.ppf((1 + level) / 2)
+        np.testing.assert_allclose(interval.upper, [[3 + 2 * z, -1e6 + 5 * z]], rtol=2e-4)
+        np.testing.assert_allclose(interval.lower, [[3 - 2 * z, -1e6 - 5 * z]], rtol=2e-4)
+
+
+def test_a_level_next_to_1_has_an_interval() -> None:
+    samples = np.zeros((5, 1, 1), np.float32)
+    noise_std = np.array([1.0])
+    interval = uncertainty.mixture_interval(samples, noise_std, np.ones((1, 1)), 1 - 2**-53)
+    # The share of 2^-54 on either side.
+    np.testing.assert_allclose(interval.upper, stats.norm.isf(2**-54), rtol=1e-3)
+    np.testing.assert_allclose(interval.lower, -interval.upper)
 
 
 @quick
@@ -72,7 +147,7 @@ def test_one_pass_has_no_spread_and_an_unknown_standard_error() -> None:
 def test_the_interval_holds_the_median_and_lies_within_the_samples(
     z: Samples, level: float
 ) -> None:
-    m = uncertainty.moments(z, level)
+    m = uncertainty.passes_interval(z, level)
     median = np.median(z.astype(np.float64), axis=0)
     # Interpolation rounds.
     slack = 1e-12 * np.abs(z).max()
@@ -129,16 +204,23 @@ def test_passes_that_are_sure_of_different_classes_have_nothing_but_mutual_infor
 
 def test_spreads_of_model_and_data_add_in_squares() -> None:
     samples = np.random.default_rng(0).normal(size=(50, 2, 2)).astype(np.float32)
-    m = uncertainty.moments(samples, 0.9)
-    s = uncertainty.spreads(m, [3.0, 4.0])
+    m = uncertainty.moments(samples)
+    s = uncertainty.spreads(m, np.array([3.0, 4.0]))
     assert np.array_equal(s.epistemic_std, samples.std(axis=0, ddof=1, dtype=np.float64))
     assert s.aleatoric_std.tolist() == [[3.0, 4.0]] * 2
     np.testing.assert_allclose(s.total_std**2, s.epistemic_std**2 + [[9.0, 16.0]] * 2)
 
 
+def test_the_noise_of_passes_that_differ_in_it_is_the_root_of_its_mean_square() -> None:
+    samples = np.zeros((2, 1, 1), np.float32)
+    s = uncertainty.spreads(uncertainty.moments(samples), np.array([3.0, 5.0]).reshape(2, 1, 1))
+    np.testing.assert_allclose(s.aleatoric_std, math.sqrt(17))
+    np.testing.assert_allclose(s.total_std, math.sqrt(17))
+
+
 def test_the_expectation_gap_is_in_standard_errors() -> None:
     samples = np.array([1, 2, 3, 6], np.float32).reshape(4, 1, 1)
-    m = uncertainty.moments(samples, 0.9)
+    m = uncertainty.moments(samples)
     gap = uncertainty.expectation_gap(m, np.array([[2.0]], np.float32))
     np.testing.assert_allclose(gap, 1 / (math.sqrt(14 / 3) / 2))
 
@@ -146,7 +228,7 @@ def test_the_expectation_gap_is_in_standard_errors() -> None:
 def test_the_expectation_gap_of_equal_passes_is_what_rounding_leaves() -> None:
     samples = np.full((10, 1, 1), 100.0, np.float32)
     gap = uncertainty.expectation_gap(
-        uncertainty.moments(samples, 0.9), np.array([[100.00001]], np.float32)
+        uncertainty.moments(samples), np.array([[100.00001]], np.float32)
     )
     assert np.abs(gap).max() < 1
 

@@ -408,13 +408,13 @@ WRONG = {
         "parameters: none are allowed but for digits.mc", ROWS, parameters={"seed": 1}
     ),
     "an unknown parameter": Wrong(
-        "parameters: allowed are passes, seed, masks, not 'temperature'",
+        "parameters: allowed are passes, seed, masks, tolerance, not 'temperature'",
         ROWS,
         "digits.mc",
         parameters={"temperature": 1},
     ),
     "an interval": Wrong(
-        "parameters: allowed are passes, seed, masks, not 'interval'",
+        "parameters: allowed are passes, seed, masks, tolerance, not 'interval'",
         ROWS,
         "digits.mc",
         parameters={"interval": 0.5},
@@ -453,7 +453,10 @@ WRONG = {
         parameters={"seed": 2**63},
     ),
     "masks that are not": Wrong(
-        "masks: Input should be 'independent'", ROWS, "digits.mc", parameters={"masks": "striped"}
+        "masks: Input should be 'independent' or 'stratified'",
+        ROWS,
+        "digits.mc",
+        parameters={"masks": "striped"},
     ),
 }
 

@@ -1,0 +1,119 @@
+"""Networks so small that every mask can be tried: what passes tell of them is known exactly."""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.__main__ import export
+from export.bundle import Manifest
+from export.reference import TorchReference
+from model import checkpoint, datasets, training
+from model.datasets import Dataset
+from model.dropout import SCALINGS, Scaling
+from model.networks import NetworkConfig
+from tests.model import toys
+
+Floats = NDArray[np.float64]
+
+# Units of the sites, 14 at most: 2^14 masks.
+HIDDEN = {"one": (12,), "two": (7, 7)}
+P = 0.3
+ROWS = 3
+NAMES = [
+    f"{task}-{sites}-{scaling}"
+    for task, sites, scaling in product(("classes", "values"), HIDDEN, SCALINGS)
+]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A network's rows, and what each mask makes of them.
+
+    Parameters
+    ----------
+    x
+        ``[B, D]``.
+    weights
+        Of the masks, ``[M]``: how probable each is.
+    outputs
+        Class probabilities or values of each mask, ``[M, B, C]``.
+    """
+
+    x: NDArray[np.float32]
+    weights: Floats
+    outputs: Floats
+
+    @property
+    def mean(self) -> Floats:
+        """Of a pass, ``[B, C]``."""
+        return self.average(self.outputs)
+
+    @property
+    def variance(self) -> Floats:
+        """Of a pass, ``[B, C]``."""
+        return self.average((self.outputs - self.mean) ** 2)
+
+    def average(self, values: Floats) -> Floats:
+        """Average over the masks."""
+        average: Floats = np.tensordot(self.weights, values, 1)
+        return average
+
+
+def train(name: str, folder: Path) -> None:
+    """Train a network and export it into ``folder/models``."""
+    task, sites, scaling = name.split("-")
+    dataset = toys.two_classes() if task == "classes" else toys.two_targets()
+    assert scaling in SCALINGS
+    how = training.TrainingConfig(epochs=20)
+    parts = datasets.split(dataset, 0)
+    network = config(dataset, HIDDEN[sites], scaling)
+    trained = training.train(network, parts, how, progress=False)
+    run = folder / "runs" / name
+    run.mkdir(parents=True)
+    x = parts.train.x
+    saved = checkpoint.Checkpoint(
+        model=trained.model,
+        config=network,
+        holdout=parts.test,
+        feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
+        input_range=(float(x.min()), float(x.max())),
+        noise_std=trained.noise_std,
+        metrics=trained.metrics,
+        seed=0,
+        packages=checkpoint.package_versions(),
+    )
+    checkpoint.save(saved, run)
+    export(run, folder / "models", name)
+
+
+def config(dataset: Dataset, hidden: tuple[int, ...], scaling: Scaling) -> NetworkConfig:
+    """Describe a network."""
+    return toys.config(dataset, p=P, scaling=scaling, hidden=hidden)
+
+
+def exact(name: str, folder: Path, manifest: Manifest) -> Exact:
+    """Try every mask of a network that was trained into ``folder``, in torch."""
+    trained = checkpoint.load(folder / "runs" / name)
+    x = trained.holdout.x[:ROWS]
+    units = [site.mask_shape[0] for site in manifest.sites]
+    numbers = np.arange(2 ** sum(units))
+    kept = (numbers[:, None] >> np.arange(sum(units))) & 1 == 1  # [M, units of all sites]
+    weights = (P ** (~kept).sum(axis=1)) * ((1 - P) ** kept.sum(axis=1))
+    ends = np.cumsum([0, *units])
+    masks = {
+        site.name: kept[:, start:end]
+        for site, start, end in zip(manifest.sites, ends, ends[1:], strict=False)
+    }
+    reference = TorchReference(trained.model)
+    outputs = [
+        reference.train_mode(np.repeat(row[None], len(kept), axis=0), masks).astype(np.float64)
+        for row in x
+    ]
+    answers = torch.from_numpy(np.stack(outputs, axis=1))
+    if manifest.task == "classification":
+        answers = answers.softmax(-1)
+    return Exact(x, weights, answers.numpy())
