@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
+from export import bundle, conformal, half_precision, predict_graph, stochastic_graph, trace, verify
 from export.reference import TorchReference
 from export.sites import ExportError, sites_of
 from model import checkpoint
@@ -60,6 +60,8 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
         half=half,
     )
     print(verify.describe(measured, sites))
+    graph = verify.Graph(bundle.STOCHASTIC, files[bundle.STOCHASTIC])
+    scores = conformal.scores(graph, sites, trained.holdout, trained.noise_std)
 
     def manifest(version: int, sums: dict[str, str]) -> bundle.Manifest:
         return bundle.Manifest(
@@ -98,6 +100,7 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
                 verification=measured,
             ),
             files=sums,
+            conformal_scores=scores,
         )
 
     return bundle.publish(models, name, files, manifest)

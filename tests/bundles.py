@@ -1,10 +1,42 @@
-"""Bundles that tests make of those that are built: copied under another name, changed, broken."""
+"""Bundles that tests make: of data of their own, or of those that are built: changed, broken."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from export.__main__ import export
+from model import checkpoint, datasets, training
+from model.datasets import Dataset
+from model.networks import NetworkConfig
+from model.training import TrainingConfig
+
+
+def train_and_export(
+    dataset: Dataset, network: NetworkConfig, how: TrainingConfig, folder: Path, name: str
+) -> None:
+    """Train a network into ``folder/runs``, and export it into ``folder/models``."""
+    parts = datasets.split(dataset, how.seed)
+    trained = training.train(network, parts, how, progress=False)
+    x = parts.train.x
+    run = folder / "runs" / name
+    run.mkdir(parents=True)
+    checkpoint.save(
+        checkpoint.Checkpoint(
+            model=trained.model,
+            config=network,
+            holdout=parts.test,
+            feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
+            input_range=(float(x.min()), float(x.max())),
+            noise_std=trained.noise_std,
+            metrics=trained.metrics,
+            seed=how.seed,
+            packages=checkpoint.package_versions(),
+        ),
+        run,
+    )
+    export(run, folder / "models", name)
 
 
 def rewrite(place: Path, **change: object) -> None:

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.__main__ import export
 from export.bundle import Manifest
 from export.reference import TorchReference
-from model import checkpoint, datasets, training
-from model.datasets import Dataset
-from model.dropout import SCALINGS, Scaling
-from model.networks import NetworkConfig
+from model import checkpoint
+from model.dropout import SCALINGS
+from model.training import TrainingConfig
+from tests.bundles import train_and_export
 from tests.model import toys
 
 Floats = NDArray[np.float64]
@@ -68,31 +67,8 @@ def train(name: str, folder: Path) -> None:
     task, sites, scaling = name.split("-")
     dataset = toys.two_classes() if task == "classes" else toys.two_targets()
     assert scaling in SCALINGS
-    how = training.TrainingConfig(epochs=20)
-    parts = datasets.split(dataset, 0)
-    network = config(dataset, HIDDEN[sites], scaling)
-    trained = training.train(network, parts, how, progress=False)
-    run = folder / "runs" / name
-    run.mkdir(parents=True)
-    x = parts.train.x
-    saved = checkpoint.Checkpoint(
-        model=trained.model,
-        config=network,
-        holdout=parts.test,
-        feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
-        input_range=(float(x.min()), float(x.max())),
-        noise_std=trained.noise_std,
-        metrics=trained.metrics,
-        seed=0,
-        packages=checkpoint.package_versions(),
-    )
-    checkpoint.save(saved, run)
-    export(run, folder / "models", name)
-
-
-def config(dataset: Dataset, hidden: tuple[int, ...], scaling: Scaling) -> NetworkConfig:
-    """Describe a network."""
-    return toys.config(dataset, p=P, scaling=scaling, hidden=hidden)
+    network = toys.config(dataset, p=P, scaling=scaling, hidden=HIDDEN[sites])
+    train_and_export(dataset, network, TrainingConfig(epochs=20), folder, name)
 
 
 def exact(name: str, folder: Path, manifest: Manifest) -> Exact:

@@ -107,6 +107,20 @@ def test_a_row_gets_what_uncertainty_answers_to_the_same_row_of_a_request(
             assert np.allclose(found[name].to_pylist(), answer[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_masks_are_stratified_where_that_is_asked_for(
+    built: Path, client: httpx.Client, tmp_path: Path
+) -> None:
+    rows = images(5)
+    pq.write_table(pa.table({"inputs": fixed(rows)}), tmp_path / "in.parquet")
+    asked = ["--passes", "50", "--seed", "9", "--masks", "stratified"]
+    found = digits(built, tmp_path / "in.parquet", tmp_path / "out.parquet", *asked)
+    assert orjson.loads(found.schema.metadata[b"dropserve"])["masks"] == "stratified"
+    body = {"model": "digits", "inputs": rows.tolist(), "passes": 50, "seed": 9}
+    answer = client.post("/uncertainty", json=body | {"masks": "stratified"}).json()
+    for name in ("mean", "standard_error"):
+        assert np.allclose(found[name].to_pylist(), answer[name], rtol=1e-4, atol=1e-5)
+
+
 def test_how_the_file_is_cut_changes_nothing(built: Path, tmp_path: Path) -> None:
     table = pa.table({"inputs": fixed(images(20_000))})
     found = []

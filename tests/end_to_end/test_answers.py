@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from app.api import schemas
-from app.masks import MaskStream
+from app.masks import KINDS, Kind, MaskStream
 from export import bundle
 from model import checkpoint, evaluation
 from tests.conftest import service
@@ -104,11 +104,12 @@ def test_a_drawn_seed_is_returned_and_asks_for_the_same_answer_again(
     assert max(seeds) < 2**53
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["digits", "diabetes"])
 def test_50_passes_are_the_first_50_of_100(
-    client: httpx.Client, examples: Examples, name: str
+    client: httpx.Client, examples: Examples, name: str, kind: Kind
 ) -> None:
-    body = {"inputs": examples(name)[:4], "model": name, "seed": 7}
+    body = {"inputs": examples(name)[:4], "model": name, "seed": 7, "masks": kind}
     few = ask(client, "/debug/mc", **body, passes=50)["samples"]
     many = ask(client, "/debug/mc", **body, passes=100)["samples"]
     close(few, many[:50])
@@ -127,10 +128,11 @@ def test_a_row_has_the_same_passes_whatever_rows_follow_it(
     assert (twice[:, 0] != twice[:, 1]).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_passes_than_fit_one_run_are_run_in_pieces_that_change_nothing(
-    client: httpx.Client, examples: Examples
+    client: httpx.Client, examples: Examples, kind: Kind
 ) -> None:
-    body = {"inputs": examples("digits")[:2], "model": "digits", "seed": 7}
+    body = {"inputs": examples("digits")[:2], "model": "digits", "seed": 7, "masks": kind}
     many = ask(client, "/debug/mc", **body, passes=9000)["samples"]
     few = ask(client, "/debug/mc", **body, passes=100)["samples"]
     close(many[:100], few)
@@ -140,10 +142,14 @@ def test_other_requests_in_flight_change_nothing(client: httpx.Client, examples:
     inputs = examples("digits")
 
     def query(number: int) -> Json:
-        rows = inputs[number % 10 :][:3]
-        return ask(
-            client, "/uncertainty", inputs=rows, model="digits", seed=number, passes=10 + number
-        )
+        body = {
+            "inputs": inputs[number % 10 :][:3],
+            "model": "digits",
+            "seed": number,
+            "passes": 10 + number,
+            "masks": KINDS[number % 2],
+        }
+        return ask(client, "/uncertainty", **body)
 
     alone = [query(number) for number in range(40)]
     with ThreadPoolExecutor(16) as pool:
@@ -180,6 +186,68 @@ def test_moments_are_those_of_the_samples(debugged: Json, built: Path) -> None:
     # 10 % of the way from number 0 to number 199: nine tenths of the way from 19 to 20.
     close(debugged["interval"]["lower"], ordered[19] + 0.9 * (ordered[20] - ordered[19]))
     close(debugged["interval"]["upper"], ordered[179] + 0.1 * (ordered[180] - ordered[179]))
+
+
+@pytest.mark.parametrize("name", ["digits", "double", "diabetes"])
+def test_the_standard_error_of_stratified_masks_is_that_of_their_replicates(
+    client: httpx.Client, built: Path, examples: Examples, name: str
+) -> None:
+    body = {"inputs": examples(name)[:5], "model": name, "passes": 200, "masks": "stratified"}
+    answer = ask(client, "/debug/mc", **body)
+    samples = np.array(answer["samples"])  # [T, B, C]
+    # 20 replicates of 10 passes, as p is 0.5 or 0.3.
+    means = samples.reshape(20, 10, 5, -1).mean(axis=1)
+    between = 10 * ((means - samples.mean(axis=0)) ** 2).sum(axis=0)
+    replicated = np.sqrt(between / 17 / 200)
+    std = samples.std(axis=0, ddof=1)
+    expected = np.minimum(replicated, std / np.sqrt(200) * np.sqrt(10 / 9))
+    close(answer["standard_error"], expected)
+    close(answer["std"], std)
+    # Each unit was kept in just as many passes as it should be.
+    for site in answer["sites"]:
+        assert site["kept"] == pytest.approx(1 - site["p"], abs=1e-12)
+    # Less than independent masks leave, over all outputs.
+    assert np.square(answer["standard_error"]).sum() < 0.8 * (std**2 / 200).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_debug_answer_with_a_tolerance_shows_the_passes_it_took(
+    client: httpx.Client, examples: Examples, kind: Kind
+) -> None:
+    body = {"inputs": examples("digits")[:3], "model": "digits", "seed": 3, "masks": kind}
+    answer = ask(client, "/debug/mc", **body, passes=5000, tolerance=0.01)
+    assert answer["converged"] is True
+    assert np.max(answer["standard_error"]) <= 0.01
+    assert len(answer["samples"]) == answer["passes"] < 5000
+    without = ask(client, "/debug/mc", **body, passes=answer["passes"])
+    for name in ("mean", "samples", "expectation_gap"):
+        close(answer[name], without[name], 1e-4)
+    assert answer["sites"] == without["sites"]
+
+
+def test_a_request_of_unknown_length_is_bounded_by_what_it_may_keep(
+    client: httpx.Client, examples: Examples
+) -> None:
+    inputs = examples("digits")[:1] * 30
+    body = {"inputs": inputs, "model": "digits", "passes": 5000}
+    refused = client.post("/uncertainty", json=body | {"tolerance": 0.1})
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == (
+        "passes: rows x passes x outputs may be at most 1000000 with a tolerance, not 1500000"
+    )
+    assert client.post("/uncertainty", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("tolerance", [0, -0.1, "small", 1e999])
+def test_a_tolerance_that_is_none_is_refused(
+    client: httpx.Client, examples: Examples, tolerance: object
+) -> None:
+    body = {"inputs": examples("digits")[:1], "model": "digits", "tolerance": tolerance}
+    text = json.dumps(body).replace("Infinity", "1e999")
+    answer = client.post("/uncertainty", content=text, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422)
+    if tolerance != 1e999:
+        assert answer.json()["errors"][0]["path"] == "tolerance"
 
 
 def test_entropies_or_spreads_are_those_of_the_samples(debugged: Json, built: Path) -> None:

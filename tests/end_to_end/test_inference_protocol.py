@@ -185,6 +185,19 @@ def test_classes_are_those_of_predict(
     assert as_binary == [binary_output is not False] * 2
 
 
+def test_stratified_masks_and_a_tolerance_are_those_of_uncertainty(
+    triton: InferenceServerClient, client: httpx.Client, digits: Array
+) -> None:
+    asked = {"passes": 4000, "seed": 5, "masks": "stratified", "tolerance": 0.01}
+    expected = ask(client, "/uncertainty", inputs=digits.tolist(), model="digits", **asked)
+    assert expected["converged"]
+    result = triton.infer("digits.mc", [tensor(digits)], parameters=asked)
+    told = {name: expected[name] for name in ("passes", "seed", "converged")}
+    assert result.get_response()["parameters"] == told
+    equal(result, "mean", expected["mean"])
+    equal(result, "std", expected["std"])
+
+
 def test_labels_in_json_are_strings(
     triton: InferenceServerClient, client: httpx.Client, digits: Array
 ) -> None:

@@ -103,6 +103,16 @@ def test_metrics_count_requests_rows_passes_runs_and_refusals(
         assert value(samples, "process_cpu_seconds_total", pid=pid) > 0
 
 
+def test_passes_are_counted_as_many_as_a_tolerance_took(built: Path, examples: Examples) -> None:
+    with service(built / "models") as client:
+        body = {"model": "digits", "inputs": examples("digits")[:2], "tolerance": 0.02}
+        answer = client.post("/uncertainty", json=body | {"passes": 5000}).json()
+        assert answer["converged"]
+        samples = scrape(client)
+    digits = {"model": "digits", "version": "1"}
+    assert value(samples, "dropserve_passes_total", **digits) == 2 * answer["passes"] < 10_000
+
+
 def test_metrics_of_several_workers_are_added_up_also_when_one_has_died(
     built: Path, examples: Examples
 ) -> None:

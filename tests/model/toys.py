@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.datasets import Dataset
 from model.dropout import Scaling
@@ -22,6 +23,30 @@ def two_targets(rows: int = 200, seed: int = 0) -> Dataset:
     x = rng.normal(size=(rows, 3)).astype(np.float32)
     y = x @ np.array([[1.0, 0.0], [2.0, -1.0], [0.0, 3.0]]) + rng.normal(0.0, 0.1, (rows, 2))
     return Dataset("toy", "regression", x, y.astype(np.float32), ("a", "b", "c"), ("u", "v"))
+
+
+def noisy_classes(rows: int, seed: int = 0) -> Dataset:
+    """Rows of two features; three classes that overlap."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 2)).astype(np.float32)
+    logits = 2 * x @ np.array([[1.0, -0.5, -0.5], [0.0, 0.87, -0.87]])
+    y = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1).astype(np.int64)
+    return Dataset("toy", "classification", x, y, ("a", "b"), ("red", "green", "blue"))
+
+
+def noisy_targets(rows: int, seed: int = 0) -> Dataset:
+    """Rows of a feature between -2 and 2; two targets whose noise grows with it, tenfold."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-2, 2, (rows, 1)).astype(np.float32)
+    noise = noisy_targets_std(x) * rng.normal(size=(rows, 2))
+    y = np.concatenate([np.sin(2 * x), 30 * x], axis=1) + noise * [1, 10]
+    return Dataset("toy", "regression", x, y.astype(np.float32), ("a",), ("u", "v"))
+
+
+def noisy_targets_std(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the standard deviation ``[B, 1]`` of the noise of the first target."""
+    std: NDArray[np.float64] = 0.05 * 10 ** ((x.astype(np.float64) + 2) / 4)
+    return std
 
 
 def config(
