@@ -4,6 +4,8 @@ Every metric is a mean over rows. ``samples`` are the outputs of T train-mode pa
 of a Monte Carlo answer are those of the passes' mixture.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,9 +14,10 @@ from scipy.special import log_softmax, logsumexp
 from torch import Tensor, nn
 
 from model.datasets import Dataset
-from model.dropout import only_sites_in_train_mode
+from model.dropout import independent, only_sites_in_train_mode, stratified
 
 Floats = NDArray[np.float64]
+Masks = Literal["independent", "stratified"]
 
 ECE_BINS = 15
 PASSES = 100
@@ -31,9 +34,16 @@ def eval_outputs(model: nn.Module, x: Tensor) -> Floats:
 
 
 @torch.no_grad()
-def mc_outputs(model: nn.Module, x: Tensor, passes: int, seed: int) -> Floats:
-    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``."""
-    with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model):
+def mc_outputs(
+    model: nn.Module, x: Tensor, passes: int, seed: int, masks: Masks = "independent"
+) -> Floats:
+    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``.
+
+    Any one of them is the same in law for both kinds of ``masks``; those that are ``stratified``
+    over the passes of a row (``dropout.stratified``) only make sense together.
+    """
+    uniform = independent if masks == "independent" else stratified(passes)
+    with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model, uniform):
         torch.manual_seed(seed)
         parts = []
         for part in torch.split(x, max(1, ROW_PASSES_AT_ONCE // passes)):
