@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
     train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
+    train.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a temperature on the validation part and fold it into the last layer",
+    )
     return top
 
 
@@ -81,7 +86,9 @@ def train(args: argparse.Namespace) -> None:
         scaling=args.scaling,
     )
     parts = datasets.split(dataset, args.seed)
-    how = training.TrainingConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    how = training.TrainingConfig(
+        epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, calibrate=args.calibrate
+    )
     with checkpoint.Output(args.out) as output:
         print(
             f"{dataset.name}: {dataset.task}, {len(dataset)} rows of shape "
@@ -104,10 +111,14 @@ def train(args: argparse.Namespace) -> None:
             metrics=trained.metrics,
             seed=args.seed,
             packages=checkpoint.package_versions(),
+            eval_noise_std=trained.eval_noise_std,
+            temperature=trained.temperature,
         )
         checkpoint.save(result, output.staging)
         plots.write_page(trained, parts.test, output.staging / "plots.png")
         output.commit()
+    if trained.temperature is not None:
+        print(f"temperature {trained.temperature:.4g}, folded into the last layer")
     print_metrics(trained, len(parts.test))
     print(f"wrote {args.out}")
 
