@@ -146,10 +146,11 @@ def stratified(passes: int) -> Uniform:
     """Return what draws the uniforms of T = ``passes`` passes by Latin hypercubes.
 
     The passes of all rows come pass by pass, ``[T * B, ...]``. Each unit of each row and site has a
-    hypercube of one dimension to itself, ``u_t = (pi(t) + v_t) / T`` with a random permutation pi
-    and uniform v: every u_t alone is uniform, so a single pass is an ordinary one, but of the T
-    that a unit gets one falls into each of T equal parts of [0, 1). So a unit is dropped p T times,
-    rounded up or down at random, and how often hardly varies. Different units are independent.
+    hypercube of one dimension to itself, ``u_t = (pi(t) + v) / T`` with a random permutation pi and
+    uniform v: every u_t alone is uniform, so a single pass is an ordinary one, but of the T that a
+    unit gets one falls into each of T equal parts of [0, 1). So a unit is dropped p T times,
+    rounded up or down at random. Different units are independent. One v does for all t, since only
+    that of the part which p lies in has a say.
 
     References
     ----------
@@ -161,10 +162,10 @@ def stratified(passes: int) -> Uniform:
         units = math.prod(shape) // passes  # of all rows
         # The order of random numbers is a random permutation. numpy sorts ten times as fast.
         order = np.argsort(torch.rand(units, passes).numpy(), axis=1)
-        within = torch.rand(passes, units, dtype=torch.float32)
         # float32 would round a number just below (k + 1) / T up to it, into the next part.
-        drawn = (torch.from_numpy(order).T + within.double()) / passes  # [T, units]
-        return drawn.reshape(shape).to(device)
+        within = torch.rand(units, 1, dtype=torch.float64).numpy()
+        drawn = torch.from_numpy((order + within) / passes)  # [units, T]
+        return drawn.T.reshape(shape).to(device)
 
     return uniform
 
