@@ -98,6 +98,7 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
                 packages=trained.packages | package_versions(),
                 metrics=trained.metrics,
                 verification=measured,
+                temperature=trained.temperature,
             ),
             files=sums,
             conformal_scores=scores,

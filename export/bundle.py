@@ -116,6 +116,12 @@ class Provenance(Record):
         description="Of the held-out split: eval mode and mean of 100 passes."
     )
     verification: Verification
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="What calibration divided the logits by, folded into both graphs; null where "
+        "nothing was calibrated.",
+    )
 
 
 class Manifest(Record):

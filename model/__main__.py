@@ -1,10 +1,14 @@
-"""``python -m model train``: data set in, checkpoint out."""
+"""``python -m model``: ``train`` makes a checkpoint of a data set, ``evaluate`` judges one."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from model import checkpoint, datasets, plots, training
+import numpy as np
+
+from model import checkpoint, datasets, plots, report, training
 from model.commandline import OneLineParser
 from model.dropout import SCALINGS, check_probability, double_scaling_warning
 from model.networks import NETWORKS, NetworkConfig
@@ -66,6 +70,21 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
     train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
+    train.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a temperature on the validation part and fold it into the last layer",
+    )
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="judge a checkpoint on its held-out rows, eval mode beside Monte Carlo passes",
+    )
+    evaluate.add_argument("run", type=Path, help="directory of the checkpoint")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        help="directory for evaluation.json and evaluation.png; by default the checkpoint's",
+    )
     return top
 
 
@@ -81,7 +100,9 @@ def train(args: argparse.Namespace) -> None:
         scaling=args.scaling,
     )
     parts = datasets.split(dataset, args.seed)
-    how = training.TrainingConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    how = training.TrainingConfig(
+        epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, calibrate=args.calibrate
+    )
     with checkpoint.Output(args.out) as output:
         print(
             f"{dataset.name}: {dataset.task}, {len(dataset)} rows of shape "
@@ -104,12 +125,39 @@ def train(args: argparse.Namespace) -> None:
             metrics=trained.metrics,
             seed=args.seed,
             packages=checkpoint.package_versions(),
+            eval_noise_std=trained.eval_noise_std,
+            temperature=trained.temperature,
         )
         checkpoint.save(result, output.staging)
-        plots.write_page(trained, parts.test, output.staging / "plots.png")
+        found = judge(result)
+        plots.write_page(found, output.staging / "plots.png", trained.losses)
         output.commit()
+    if trained.temperature is not None:
+        print(f"temperature {trained.temperature:.4g}, folded into the last layer")
     print_metrics(trained, len(parts.test))
+    print("", *report.lines(found), sep="\n")
     print(f"wrote {args.out}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the evaluate command."""
+    found = judge(checkpoint.load(args.run))
+    out = args.run if args.out is None else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(found), indent=2, allow_nan=False)
+    (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    plots.write_page(found, out / "evaluation.png")
+    print(f"{found.data}: {found.task}, {found.rows} held-out rows")
+    print(*report.lines(found), sep="\n")
+    print(f"wrote {out / 'evaluation.json'} and {out / 'evaluation.png'}")
+
+
+def judge(run: checkpoint.Checkpoint) -> report.Report:
+    """Report on the held-out rows of a checkpoint."""
+    noise = None if run.noise_std is None else np.array(run.noise_std)
+    # Older checkpoints do not say the noise around eval mode.
+    eval_noise = noise if run.eval_noise_std is None else np.array(run.eval_noise_std)
+    return report.report(run.model, run.holdout, noise, eval_noise)
 
 
 def print_metrics(trained: training.Trained, rows: int) -> None:
@@ -123,7 +171,7 @@ def main() -> int:
     """Run the command line; return the exit status."""
     args = parser().parse_args()
     try:
-        train(args)
+        {"train": train, "evaluate": evaluate}[args.command](args)
     except (datasets.DataError, checkpoint.CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

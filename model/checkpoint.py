@@ -58,6 +58,9 @@ class Checkpoint:
     metrics: dict[str, dict[str, float]]  # of the test part, by mode
     seed: int
     packages: dict[str, str]
+    # Older checkpoints do not say either.
+    eval_noise_std: tuple[float, ...] | None = None  # [C], regression only
+    temperature: float | None = None  # folded into the last layer; where calibrated only
 
 
 def package_versions() -> dict[str, str]:
@@ -133,6 +136,8 @@ def save(checkpoint: Checkpoint, directory: Path) -> None:
             "input_range": checkpoint.input_range,
         },
         "noise_std": checkpoint.noise_std,
+        "eval_noise_std": checkpoint.eval_noise_std,
+        "temperature": checkpoint.temperature,
         "metrics": checkpoint.metrics,
         "seed": checkpoint.seed,
         "packages": checkpoint.packages,
@@ -183,6 +188,7 @@ def load(directory: Path) -> Checkpoint:
                 outputs=tuple(data["outputs"]),
             )
         noise_std = document["noise_std"]
+        eval_noise_std = document.get("eval_noise_std")
         low, high = data["input_range"]
         return Checkpoint(
             model=model.eval(),
@@ -194,6 +200,8 @@ def load(directory: Path) -> Checkpoint:
             metrics=document["metrics"],
             seed=document["seed"],
             packages=document["packages"],
+            eval_noise_std=None if eval_noise_std is None else tuple(eval_noise_std),
+            temperature=document.get("temperature"),
         )
     except DAMAGE as error:
         message = " ".join(str(error).split())

@@ -4,17 +4,21 @@ Every metric is a mean over rows. ``samples`` are the outputs of T train-mode pa
 of a Monte Carlo answer are those of the passes' mixture.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, ndtr
 from torch import Tensor, nn
 
+from model.bootstrap import Statistic, mean_of, value
 from model.datasets import Dataset
-from model.dropout import only_sites_in_train_mode
+from model.dropout import independent, only_sites_in_train_mode, stratified
 
 Floats = NDArray[np.float64]
+Masks = Literal["independent", "stratified"]
 
 ECE_BINS = 15
 PASSES = 100
@@ -31,9 +35,16 @@ def eval_outputs(model: nn.Module, x: Tensor) -> Floats:
 
 
 @torch.no_grad()
-def mc_outputs(model: nn.Module, x: Tensor, passes: int, seed: int) -> Floats:
-    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``."""
-    with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model):
+def mc_outputs(
+    model: nn.Module, x: Tensor, passes: int, seed: int, masks: Masks = "independent"
+) -> Floats:
+    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``.
+
+    Any one of them is the same in law for both kinds of ``masks``; those that are ``stratified``
+    over the passes of a row (``dropout.stratified``) only make sense together.
+    """
+    uniform = independent if masks == "independent" else stratified(passes)
+    with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model, uniform):
         torch.manual_seed(seed)
         parts = []
         for part in torch.split(x, max(1, ROW_PASSES_AT_ONCE // passes)):
@@ -48,19 +59,47 @@ def class_probabilities(logits: Floats) -> Floats:
     return probabilities.mean(axis=0) if logits.ndim == 3 else probabilities
 
 
-def classification_metrics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, float]:
-    """Return accuracy, NLL (nats), Brier score and ECE of ``probabilities [B, C]``.
+def classification_statistics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, Statistic]:
+    """Return accuracy, NLL (nats), Brier score and ECE of ``probabilities [B, C]``, to resample.
 
-    Brier is the multi-class score of Brier (1950), from 0 to 2.
+    - ``accuracy``: the share of rows whose likeliest class is the true one.
+    - ``nll``: the mean of -log p(true class).
+    - ``brier``: the mean of sum_c (p_c - [c is true])^2, the multi-class score of Brier (1950),
+      Verification of Forecasts Expressed in Terms of Probability, from 0 to 2.
+    - ``ece``: sum over ``ECE_BINS`` bins of confidence, equally wide, of |accuracy - mean
+      confidence| in the bin times its share of rows: Guo et al. (2017), On Calibration of Modern
+      Neural Networks, eq. 3.
     """
-    true = probabilities[np.arange(len(y)), y]
+    correct = probabilities.argmax(axis=1) == y
     onehot = np.eye(probabilities.shape[1])[y]
+    confidence = probabilities.max(axis=1)
+    gaps = np.zeros((len(y), ECE_BINS))
+    gaps[np.arange(len(y)), confidence_bins(confidence)] = correct - confidence
     return {
-        "accuracy": float((probabilities.argmax(axis=1) == y).mean()),
-        "nll": float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean()),
-        "brier": float(((probabilities - onehot) ** 2).sum(axis=1).mean()),
-        "ece": expected_calibration_error(probabilities, y),
+        "accuracy": mean_of(correct.astype(np.float64)),
+        "nll": mean_of(class_nll(probabilities, y)),
+        "brier": mean_of(((probabilities - onehot) ** 2).sum(axis=1)),
+        "ece": lambda weights: np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1),
     }
+
+
+def class_nll(probabilities: Floats, y: NDArray[np.int64]) -> Floats:
+    """Return ``-log p(true class)`` of each row, ``[B]``."""
+    true = probabilities[np.arange(len(y)), y]
+    nll: Floats = -np.log(np.maximum(true, np.finfo(np.float64).tiny))
+    return nll
+
+
+def classification_metrics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, float]:
+    """Return the values of ``classification_statistics``."""
+    statistics = classification_statistics(probabilities, y)
+    return {name: value(statistic, len(y)) for name, statistic in statistics.items()}
+
+
+def confidence_bins(confidence: Floats) -> NDArray[np.int64]:
+    """Return which of ``ECE_BINS`` equally wide bins each of ``confidence [B]`` falls into."""
+    bins: NDArray[np.int64] = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    return bins
 
 
 def reliability(
@@ -69,7 +108,7 @@ def reliability(
     """Return mean confidence, accuracy and number of rows of each non-empty confidence bin."""
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == y
-    bins = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    bins = confidence_bins(confidence)
     count = np.bincount(bins, minlength=ECE_BINS)
     filled = count > 0
     mean_confidence = np.bincount(bins, confidence, ECE_BINS)[filled] / count[filled]
@@ -77,23 +116,25 @@ def reliability(
     return mean_confidence, accuracy, count[filled]
 
 
-def expected_calibration_error(probabilities: Floats, y: NDArray[np.int64]) -> float:
-    """Return the ECE of Guo et al. (2017), eq. 3, over ``ECE_BINS`` bins of equal width."""
-    confidence, accuracy, count = reliability(probabilities, y)
-    return float((np.abs(accuracy - confidence) * count).sum() / len(y))
+def regression_statistics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, Statistic]:
+    """Return RMSE, MAE (target units) and log-likelihood (nats a row), to resample.
+
+    ``samples [T, B, C]`` are the passes, the prediction is their mean; a point prediction is one
+    pass. The log-likelihood is that of the passes' mixture with the observation noise.
+    """
+    error = samples.mean(axis=0) - y
+    mean_square = mean_of((error**2).mean(axis=1))
+    return {
+        "rmse": lambda weights: np.sqrt(mean_square(weights)),
+        "mae": mean_of(np.abs(error).mean(axis=1)),
+        "log_likelihood": mean_of(log_likelihood(samples, y, noise_std).sum(axis=1)),
+    }
 
 
 def regression_metrics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, float]:
-    """Return RMSE, MAE (target units) and predictive log-likelihood (nats a row).
-
-    ``samples [T, B, C]`` are the passes; a point prediction is one pass.
-    """
-    error = samples.mean(axis=0) - y
-    return {
-        "rmse": float(np.sqrt((error**2).mean())),
-        "mae": float(np.abs(error).mean()),
-        "log_likelihood": float(log_likelihood(samples, y, noise_std).sum(axis=1).mean()),
-    }
+    """Return the values of ``regression_statistics``."""
+    statistics = regression_statistics(samples, y, noise_std)
+    return {name: value(statistic, len(y)) for name, statistic in statistics.items()}
 
 
 def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
@@ -105,6 +146,18 @@ def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
     log_density = -0.5 * z**2 - np.log(noise_std) - 0.5 * np.log(2 * np.pi)
     result: Floats = logsumexp(log_density, axis=0) - np.log(len(samples))
     return result
+
+
+def central_level(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
+    """Return the level ``[B, C]`` of the central interval of the mixture that just reaches ``y``.
+
+    It is |2 F(y) - 1| with F(y) = 1/T sum_t Phi((y - f_t) / noise_std): the interval of a level q
+    holds y where that is at most q. Where the answers are right it is uniform on [0, 1]: Kuleshov,
+    Fenner and Ermon (2018), Accurate Uncertainties for Deep Learning Using Calibrated Regression,
+    with central intervals in place of one-sided ones.
+    """
+    below: Floats = ndtr((y - samples) / noise_std).mean(axis=0)
+    return np.abs(2 * below - 1)
 
 
 def fit_noise(samples: Floats, y: Floats) -> Floats:

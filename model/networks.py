@@ -67,6 +67,13 @@ class Model(nn.Module):
         output.weight.mul_(std[:, None])
         output.bias.mul_(std).add_(mean)
 
+    @torch.no_grad()
+    def fold_temperature(self, temperature: float) -> None:
+        """Make a network that answers logits z answer ``z / temperature``."""
+        output = self.network.output
+        output.weight.div_(temperature)
+        output.bias.div_(temperature)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map raw features ``[B, *input_shape]`` to logits or values ``[B, C]``."""
         out: Tensor = self.network((x - self.mean) / self.std)

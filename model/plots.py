@@ -1,77 +1,122 @@
-"""The page of plots that training leaves for a person."""
+"""The page of plots that training and evaluation leave for a person."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from model import evaluation
-from model.datasets import Dataset
-from model.training import Trained
+from model.report import EVAL_MODE, INTERVAL, MOST, Predictions, Report
 
-INTERVAL = 0.9
-
-
-def write_page(trained: Trained, test: Dataset, path: Path) -> None:
-    """Draw loss curves beside calibration (classes) or predictions (values) of the test part."""
-    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        draw_losses(left, trained)
-        if trained.noise_std is None:
-            draw_reliability(right, trained, test)
-        else:
-            draw_predictions(right, trained, test)
-        figure.savefig(path, dpi=120)
+COLUMNS = 3
+# Ways to answer that a plot of curves has room for.
+SHOWN = (EVAL_MODE, "10 passes", MOST, "100 stratified")
+METRICS = {
+    "classification": ("nll", "brier", "ece"),
+    "regression": ("rmse", "log_likelihood"),
+}
 
 
-def draw_losses(axes: Axes, trained: Trained) -> None:
+def write_page(
+    found: Report, path: Path, losses: Sequence[tuple[float, float]] | None = None
+) -> None:
+    """Draw what a report holds, and the ``losses`` of each epoch where there are some."""
+    panels: list[Callable[[Axes], None]] = []
+    if losses is not None:
+        panels.append(partial(draw_losses, losses=losses))
+    if found.predictions is not None:
+        panels.append(
+            partial(draw_predictions, predictions=found.predictions, name=found.outputs[0])
+        )
+    panels += [partial(draw_calibration, found=found), partial(draw_risk, found=found)]
+    panels += [partial(draw_metric, found=found, name=name) for name in METRICS[found.task]]
+    shifts = found.answers[MOST].auroc
+    panels += [partial(draw_auroc, found=found, shift=shift) for shift in shifts]
+    rows = -(-len(panels) // COLUMNS)
+    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": "small"}):
+        figure = Figure(figsize=(5 * COLUMNS, 4 * rows), layout="constrained")
+        places = figure.subplots(rows, COLUMNS).flat
+        for draw, axes in zip(panels, places, strict=False):
+            draw(axes)
+        for axes in places:
+            axes.set_axis_off()
+        figure.savefig(path, dpi=80)
+
+
+def draw_losses(axes: Axes, losses: Sequence[tuple[float, float]]) -> None:
     """Draw the training and validation loss of each epoch."""
-    epochs = np.arange(1, len(trained.losses) + 1)
-    training, validation = zip(*trained.losses, strict=True)
+    epochs = np.arange(1, len(losses) + 1)
+    training, validation = zip(*losses, strict=True)
     axes.plot(epochs, training, label="training (dropout on)")
     axes.plot(epochs, validation, label="validation (eval mode)")
     axes.set(title="Loss", xlabel="epoch", ylabel="loss", yscale="log")
     axes.legend()
 
 
-def draw_reliability(axes: Axes, trained: Trained, test: Dataset) -> None:
-    """Draw accuracy against confidence, eval mode beside the Monte Carlo mean."""
-    x, y = torch.from_numpy(test.x), test.y.astype(np.int64)
-    samples = evaluation.mc_outputs(trained.model, x, evaluation.PASSES, seed=0)
-    answers = {"eval": evaluation.eval_outputs(trained.model, x), "mc": samples}
-    names = {"eval": "eval mode", "mc": f"{evaluation.PASSES} passes"}
-    for mode, logits in answers.items():
-        confidence, accuracy, _ = evaluation.reliability(evaluation.class_probabilities(logits), y)
-        ece = trained.metrics[mode]["ece"]
-        axes.plot(confidence, accuracy, marker="o", label=f"{names[mode]} (ECE {ece:.3f})")
+def draw_calibration(axes: Axes, found: Report) -> None:
+    """Draw accuracy against confidence, or the coverage of intervals against their level."""
+    classes = found.task == "classification"
+    for way in SHOWN:
+        curve = found.answers[way].calibration
+        axes.plot(curve.x, curve.y, marker="." if classes else None, label=way)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfect")
-    axes.set(title="Reliability, test part", xlabel="confidence", ylabel="accuracy")
+    if classes:
+        axes.set(title="Reliability", xlabel="confidence", ylabel="accuracy")
+    else:
+        axes.set(title="Coverage of intervals", xlabel="level", ylabel="share of rows inside")
     axes.legend()
 
 
-def draw_predictions(axes: Axes, trained: Trained, test: Dataset) -> None:
+def draw_risk(axes: Axes, found: Report) -> None:
+    """Draw the error of the surest rows against their share."""
+    for way in SHOWN:
+        answer = found.answers[way]
+        axes.plot(answer.risk.x, answer.risk.y, label=f"{way} (area {answer.aurc:.3g})")
+    risk = "error rate" if found.task == "classification" else "mean squared error"
+    axes.set(title="Risk against coverage", xlabel="coverage, the surest first", ylabel=risk)
+    axes.legend()
+
+
+def draw_metric(axes: Axes, found: Report, name: str) -> None:
+    """Draw a metric of every way to answer, with its interval."""
+    estimates = [answer.metrics[name] for answer in found.answers.values()]
+    values = np.array([estimate.value for estimate in estimates])
+    # The interval of a biased figure may lie beside it.
+    below = np.maximum([e.value - e.lower for e in estimates], 0.0)
+    above = np.maximum([e.upper - e.value for e in estimates], 0.0)
+    axes.errorbar(values, range(len(values)), xerr=[below, above], fmt="o", capsize=3)
+    axes.set_yticks(range(len(values)), list(found.answers))
+    axes.invert_yaxis()
+    axes.set(title=name.replace("_", " "))
+
+
+def draw_auroc(axes: Axes, found: Report, shift: str) -> None:
+    """Draw how well each uncertainty of every way to answer tells shifted rows."""
+    places = list(found.answers)
+    for name in found.answers[MOST].auroc[shift]:
+        known = [place for place in places if name in found.answers[place].auroc[shift]]
+        y = [found.answers[place].auroc[shift][name] for place in known]
+        axes.plot([places.index(place) for place in known], y, "o-", label=name.replace("_", " "))
+    axes.set_xticks(range(len(places)), places, rotation=30)
+    axes.axhline(0.5, color="grey", linestyle="--")
+    axes.set(title=f"AUROC, {shift} rows", ylim=(min(0.45, axes.get_ylim()[0]), 1.01))
+    axes.legend()
+
+
+def draw_predictions(axes: Axes, predictions: Predictions, name: str) -> None:
     """Draw predicted against true values of the first target, with noise and model intervals."""
-    if trained.noise_std is None:
-        raise ValueError("predictions are drawn for regression only")
-    x, truth = torch.from_numpy(test.x), test.y[:, 0]
-    samples = evaluation.mc_outputs(trained.model, x, evaluation.PASSES, seed=0)[..., 0]  # [T, B]
-    # The predictive mixture: a pass plus observation noise, here drawn with a fixed seed.
-    noise = np.random.default_rng(0).normal(0.0, trained.noise_std[0], samples.shape)
-    tails = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
-    lower, upper = np.quantile(samples + noise, tails, axis=0)
-    mean = samples.mean(axis=0)
-    spread = np.maximum(np.stack([mean - lower, upper - mean]), 0.0)
-    axes.errorbar(truth, mean, yerr=spread, fmt="o", alpha=0.6, label=f"{INTERVAL:.0%} interval")
-    span = [float(truth.min()), float(truth.max())]
+    p = predictions
+    below = np.maximum(np.subtract(p.mean, p.lower), 0.0)
+    above = np.maximum(np.subtract(p.upper, p.mean), 0.0)
+    axes.errorbar(
+        p.true, p.mean, yerr=[below, above], fmt="o", alpha=0.6, label=f"{INTERVAL:.0%} interval"
+    )
+    span = [min(p.true), max(p.true)]
     axes.plot(span, span, color="grey", linestyle="--", label="perfect")
     # A target's name is no formula, whatever dollar signs it holds.
-    axes.set_title(f"{test.outputs[0]}, test part", parse_math=False)
-    axes.set(
-        xlabel="true",
-        ylabel=f"mean of {evaluation.PASSES} passes",
-    )
+    axes.set_title(name, parse_math=False)
+    axes.set(xlabel="true", ylabel=f"mean of {MOST}")
     axes.legend()

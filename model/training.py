@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from model import evaluation
+from model import calibration, evaluation
 from model.datasets import Dataset, Split
 from model.networks import Model, NetworkConfig
 
@@ -34,6 +34,7 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 64
     seed: int = 0
+    calibrate: bool = False  # classification only
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Trained:
     model: Model
     metrics: dict[str, dict[str, float]]  # of the test part, by mode: "eval" and "mc"
     noise_std: tuple[float, ...] | None  # [C], of the targets around the passes; regression only
+    eval_noise_std: tuple[float, ...] | None  # [C], around eval mode
+    temperature: float | None  # that the logits were divided by; where they were calibrated only
     losses: tuple[tuple[float, float], ...]  # training and validation loss of each epoch
 
 
@@ -52,8 +55,11 @@ def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress:
     Raises
     ------
     ValueError
-        If the network does not fit the data, or the loss stops being a number.
+        If the network does not fit the data, the loss stops being a number, or a regression is to
+        be calibrated.
     """
+    if how.calibrate and parts.train.task == "regression":
+        raise ValueError("a temperature calibrates class probabilities; this is a regression")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
         model = Model(config)
@@ -62,11 +68,18 @@ def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress:
         losses = fit(model, parts, mean, std, how, progress=progress)
     if mean is not None and std is not None:
         model.fold_target_scale(mean, std)
+    temperature = None
+    if how.calibrate:
+        point = evaluation.eval_outputs(model, torch.from_numpy(parts.validation.x))
+        temperature = calibration.fit_temperature(parts.validation.y.astype(np.int64), point)
+        model.fold_temperature(temperature)
     noise_std, eval_noise_std = observation_noise(model, parts.validation)
     return Trained(
         model=model,
         metrics=evaluation.evaluate(model, parts.test, noise_std, eval_noise_std),
         noise_std=None if noise_std is None else tuple(noise_std.tolist()),
+        eval_noise_std=None if eval_noise_std is None else tuple(eval_noise_std.tolist()),
+        temperature=temperature,
         losses=tuple(losses),
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import main
+from tests.conftest import run
 
 
 def fails(
@@ -52,6 +53,27 @@ def test_the_manifest_tells_where_the_bundle_comes_from(built: Path) -> None:
         (0.5, "classic", [256]),
         (0.5, "classic", [256]),
     ]
+
+
+def test_the_manifest_says_what_calibration_divided_the_logits_by(
+    built: Path, tmp_path: Path
+) -> None:
+    def temperature(models: Path) -> object:
+        manifest = json.loads((models / "digits" / "1" / "manifest.json").read_text())
+        return manifest["provenance"]["temperature"]
+
+    assert temperature(built / "models") is None
+    folder = str(tmp_path / "digits")
+    small = ["--hidden", "8", "--epochs", "3", "--calibrate"]
+    for command in (
+        ["model", "train", "--data", "digits", "--out", folder, *small],
+        ["export", folder, "--models", str(tmp_path / "models")],
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "digits" / "checkpoint.json").read_text())["temperature"]
+    assert temperature(tmp_path / "models") == saved
+    assert saved not in (None, 1.0)
 
 
 def test_the_examples_are_held_out_rows_one_of_each_class(built: Path) -> None:

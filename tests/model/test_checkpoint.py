@@ -33,6 +33,8 @@ def trained(dataset: Dataset, network: NetworkName = "mlp") -> Checkpoint:
         metrics=result.metrics,
         seed=2**63 - 1,
         packages=checkpoint.package_versions(),
+        eval_noise_std=result.eval_noise_std,
+        temperature=1.25 if dataset.task == "classification" else None,
     )
 
 
@@ -88,6 +90,8 @@ def test_everything_comes_back(tmp_path: Path, dataset: Dataset) -> None:
         "metrics",
         "seed",
         "packages",
+        "eval_noise_std",
+        "temperature",
     ):
         assert getattr(after, name) == getattr(before, name), name
     ours, theirs = before.holdout, after.holdout
@@ -170,6 +174,15 @@ def test_a_description_that_does_not_fit_the_weights_is_damage(
 def test_json_of_something_else_is_damage(saved: Path, content: str) -> None:
     (saved / "checkpoint.json").write_text(content)
     assert "damaged checkpoint" in refusal(saved)
+
+
+def test_an_older_checkpoint_says_neither_temperature_nor_noise_of_eval_mode(saved: Path) -> None:
+    path = saved / "checkpoint.json"
+    document = json.loads(path.read_text())
+    del document["temperature"], document["eval_noise_std"]
+    path.write_text(json.dumps(document))
+    older = load(saved)
+    assert (older.temperature, older.eval_noise_std) == (None, None)
 
 
 def test_a_newer_schema_is_named(saved: Path) -> None:

@@ -1,11 +1,13 @@
-"""``python -m model train`` as a person meets it: files, table, warnings, errors."""
+"""``python -m model`` as a person meets it: files, tables, warnings, errors."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +30,35 @@ class Done:
     err: str
 
 
-Train = Callable[..., Done]
+Command = Callable[..., Done]
 
 
 @pytest.fixture
 def train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Train:
+) -> Command:
     """Run the train command within this process, in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["model", "train", *arguments])
-        try:
-            status: object = main()
-        except SystemExit as stop:
-            status = stop.code
-        return Done(status, *capsys.readouterr())
+    return partial(command, monkeypatch, capsys, "train")
 
-    return run
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the evaluate command within this process."""
+    return partial(command, monkeypatch, capsys, "evaluate")
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> Done:
+    """Run a command within this process."""
+    monkeypatch.setattr(sys, "argv", ["model", *arguments])
+    try:
+        status: object = main()
+    except SystemExit as stop:
+        status = stop.code
+    return Done(status, *capsys.readouterr())
 
 
 def write_csv(path: Path, target: str = "y", rows: int = 60) -> None:
@@ -77,7 +89,7 @@ def refused(done: Done, status: int) -> str:
     return done.err
 
 
-def test_the_default_is_digits_with_classic_scaling(train: Train, tmp_path: Path) -> None:
+def test_the_default_is_digits_with_classic_scaling(train: Command, tmp_path: Path) -> None:
     done = train("--out", "runs/digits", *SMALL)
     assert done.status == 0
     assert tree(tmp_path / "runs") == ["digits", *(f"digits/{name}" for name in FILES)]
@@ -97,7 +109,7 @@ def test_the_default_is_digits_with_classic_scaling(train: Train, tmp_path: Path
 
 @pytest.mark.parametrize("network", ["mlp", "residual"])
 def test_a_regression_reports_errors_in_target_units(
-    train: Train, tmp_path: Path, network: str
+    train: Command, tmp_path: Path, network: str
 ) -> None:
     done = train("--data", "diabetes", "--out", "run", "--network", network, *SMALL)
     assert done.status == 0
@@ -113,7 +125,7 @@ def test_a_regression_reports_errors_in_target_units(
     assert 19 <= low < high <= 79
 
 
-def test_a_csv_file_is_trained_on(train: Train, tmp_path: Path) -> None:
+def test_a_csv_file_is_trained_on(train: Command, tmp_path: Path) -> None:
     write_csv(tmp_path / "t.csv")
     done = train("--data", "t.csv", "--target", "y", "--out", "run", "--seed", "3", *SMALL)
     assert done.status == 0
@@ -124,7 +136,7 @@ def test_a_csv_file_is_trained_on(train: Train, tmp_path: Path) -> None:
     assert (saved.holdout.outputs, saved.seed) == (("above", "below"), 3)
 
 
-def test_an_npz_file_of_images_is_trained_on(train: Train, tmp_path: Path) -> None:
+def test_an_npz_file_of_images_is_trained_on(train: Command, tmp_path: Path) -> None:
     images = np.random.default_rng(0).normal(size=(40, 4, 4))
     np.savez(tmp_path / "i.npz", x=images, y=np.arange(40) % 2)
     done = train("--data", "i.npz", "--out", "run", "--network", "convnet", *SMALL)
@@ -133,7 +145,7 @@ def test_an_npz_file_of_images_is_trained_on(train: Train, tmp_path: Path) -> No
     assert checkpoint.load(tmp_path / "run").config.input_shape == (4, 4)
 
 
-def test_an_npz_file_of_two_targets_is_trained_on(train: Train, tmp_path: Path) -> None:
+def test_an_npz_file_of_two_targets_is_trained_on(train: Command, tmp_path: Path) -> None:
     toy = two_targets(40)
     np.savez(tmp_path / "v.npz", x=toy.x, y=toy.y)
     assert train("--data", "v.npz", "--out", "run", *SMALL).status == 0
@@ -144,7 +156,7 @@ def test_an_npz_file_of_two_targets_is_trained_on(train: Train, tmp_path: Path) 
 
 
 def test_the_same_seed_writes_the_same_weights_over_the_older_ones(
-    train: Train, tmp_path: Path
+    train: Command, tmp_path: Path
 ) -> None:
     write_csv(tmp_path / "t.csv")
     weights = []
@@ -156,7 +168,7 @@ def test_the_same_seed_writes_the_same_weights_over_the_older_ones(
     assert tree(tmp_path) == ["run", *(f"run/{name}" for name in FILES), "t.csv"]
 
 
-def test_double_scaling_is_warned_of_in_one_line(train: Train, tmp_path: Path) -> None:
+def test_double_scaling_is_warned_of_in_one_line(train: Command, tmp_path: Path) -> None:
     write_csv(tmp_path / "t.csv")
     arguments = ["--data", "t.csv", "--target", "y", "--out", "run", *SMALL]
     done = train(*arguments, "--scaling", "double")
@@ -170,7 +182,7 @@ def test_double_scaling_is_warned_of_in_one_line(train: Train, tmp_path: Path) -
 
 @pytest.mark.parametrize("target", ["cost_$_per_$", "$x^$", "50 %", "a\\b{", "_y_"])
 def test_a_column_name_is_plain_text_to_the_plots(
-    train: Train, tmp_path: Path, target: str
+    train: Command, tmp_path: Path, target: str
 ) -> None:
     write_values(tmp_path / "t.csv", target)
     done = train("--data", "t.csv", "--target", target, "--out", "run", *SMALL)
@@ -194,6 +206,7 @@ def test_a_column_name_is_plain_text_to_the_plots(
         (["--data", "broken.npz"], "not an NPZ file"),
         (["--data", "digits", "--task", "regression"], "digits is for classification"),
         (["--data", "diabetes", "--network", "convnet"], "convnet needs images"),
+        (["--data", "diabetes", "--calibrate"], "this is a regression"),
         (["--data", "good.csv", "--target", "y", "--out", "file/run"], "cannot write to file/run"),
         (["--data", "good.csv", "--target", "y", "--out", "file"], "file is there already"),
         (["--data", "good.csv", "--target", "y", "--out", "folder"], "folder is there already"),
@@ -201,7 +214,7 @@ def test_a_column_name_is_plain_text_to_the_plots(
 )
 @pytest.mark.parametrize("out", ["run", "deep/er/run"])
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
-    train: Train, tmp_path: Path, arguments: list[str], message: str, out: str
+    train: Command, tmp_path: Path, arguments: list[str], message: str, out: str
 ) -> None:
     write_csv(tmp_path / "good.csv")
     (tmp_path / "empty.csv").touch()
@@ -236,15 +249,85 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     ],
 )
 def test_a_wrong_option_is_one_line_with_exit_status_2(
-    train: Train, tmp_path: Path, option: str, value: str
+    train: Command, tmp_path: Path, option: str, value: str
 ) -> None:
     line = refused(train("--out", "run", *SMALL, f"{option}={value}"), 2)
     assert option in line
     assert tree(tmp_path) == []
 
 
-def test_a_place_for_the_checkpoint_is_needed(train: Train) -> None:
+def test_a_place_for_the_checkpoint_is_needed(train: Command) -> None:
     assert "--out" in refused(train(*SMALL), 2)
+
+
+def test_calibration_is_told_and_recorded(train: Command, tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv")
+    arguments = ["--data", "t.csv", "--target", "y", "--out", "run", *SMALL]
+    assert "temperature" not in train(*arguments).out
+    assert checkpoint.load(tmp_path / "run").temperature is None
+    done = train(*arguments, "--calibrate")
+    temperature = checkpoint.load(tmp_path / "run").temperature
+    assert temperature is not None
+    assert f"temperature {temperature:.4g}, folded into the last layer" in done.out
+
+
+def test_training_prints_every_way_to_answer_and_each_shift(train: Command) -> None:
+    images = np.random.default_rng(0).normal(size=(40, 4, 4))
+    np.savez("i.npz", x=images, y=np.arange(40) % 2)
+    out = train("--data", "i.npz", "--out", "run", *SMALL).out
+    assert re.search(r"^100 stratified +[\d.e-]+ \[[\d.e-]+, [\d.e-]+\] ", out, re.MULTILINE)
+    assert re.search(r"^NLL of 100 passes - NLL of eval mode: ", out, re.MULTILINE)
+    for shift in ("rotated", "noisy", "inverted"):
+        assert re.search(rf"^{shift} +mutual_information +- +[\d.]+", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", [None, "deep/er"])
+def test_a_checkpoint_is_evaluated_as_it_was_when_it_was_trained(
+    train: Command, evaluate: Command, tmp_path: Path, place: str | None
+) -> None:
+    write_csv(tmp_path / "t.csv")
+    trained = train("--data", "t.csv", "--target", "y", "--out", "run", *SMALL)
+    done = evaluate("run", *([] if place is None else ["--out", place]))
+    assert done.status == 0, done.err
+    folder = tmp_path / (place or "run")
+    assert {"evaluation.json", "evaluation.png"} <= set(tree(folder))
+    document = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert (document["data"], document["task"], document["rows"]) == ("t", "classification", 9)
+    metrics = checkpoint.load(tmp_path / "run").metrics
+    for way, mode in (("eval mode", "eval"), ("100 passes", "mc")):
+        found = document["answers"][way]["metrics"]
+        assert {name: e["value"] for name, e in found.items()} == pytest.approx(metrics[mode])
+    # Both commands print the same tables.
+    first, *tables, last = done.out.splitlines()
+    assert "\n".join(tables) in trained.out
+    assert first == "t: classification, 9 held-out rows"
+    assert last.startswith("wrote ")
+    # A checkpoint with its evaluation is still one that training replaces.
+    assert train("--data", "t.csv", "--target", "y", "--out", "run", *SMALL).status == 0
+
+
+def test_eval_mode_of_a_regression_keeps_its_own_noise(
+    train: Command, evaluate: Command, tmp_path: Path
+) -> None:
+    write_values(tmp_path / "t.csv", "y")
+    train("--data", "t.csv", "--target", "y", "--out", "run", *SMALL)
+    evaluate("run")
+    found = json.loads((tmp_path / "run/evaluation.json").read_text())["answers"]["eval mode"]
+    saved = checkpoint.load(tmp_path / "run")
+    expected = saved.metrics["eval"]["log_likelihood"]
+    assert found["metrics"]["log_likelihood"]["value"] == pytest.approx(expected)
+    assert saved.eval_noise_std != saved.noise_std
+
+
+def test_what_cannot_be_evaluated_is_one_line(
+    train: Command, evaluate: Command, tmp_path: Path
+) -> None:
+    assert "none holds no checkpoint" in refused(evaluate("none"), 1)
+    assert "run" in refused(evaluate(), 2)
+    write_csv(tmp_path / "t.csv")
+    train("--data", "t.csv", "--target", "y", "--out", "run", *SMALL)
+    (tmp_path / "file").touch()
+    assert "file" in refused(evaluate("run", "--out", "file"), 1)
 
 
 def test_the_command_runs_as_a_process(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from model.dropout import (
     Scaling,
     double_scaling_warning,
     only_sites_in_train_mode,
+    stratified,
 )
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
@@ -230,3 +231,59 @@ def test_only_the_sites_run_in_train_mode_and_all_modes_come_back() -> None:
     with only_sites_in_train_mode(model):
         assert site.training
     assert not site.training
+
+
+def test_a_mask_is_where_torchs_uniform_numbers_reach_p() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(6, 8) >= 0.3
+    torch.manual_seed(4)
+    assert torch.equal(CustomDropout(0.3, "classic")(torch.ones(6, 8)), expected.float())
+
+
+def test_the_sites_draw_by_what_they_are_given_and_as_before_after_it() -> None:
+    site = CustomDropout(0.5, "classic")
+    ones = torch.ones(4, 2)
+    with only_sites_in_train_mode(site, lambda shape, _: torch.arange(8).reshape(shape) / 8):
+        assert site(ones).flatten().tolist() == [0.0] * 4 + [1.0] * 4
+    torch.manual_seed(1)
+    first = site(ones)
+    torch.manual_seed(1)
+    assert torch.equal(CustomDropout(0.5, "classic")(ones), first)
+
+
+@pytest.mark.parametrize("passes", [1, 7, 100])
+def test_one_of_the_stratified_numbers_of_a_unit_falls_into_each_part(passes: int) -> None:
+    torch.manual_seed(0)
+    units = 20_000
+    drawn = stratified(passes)((passes * units // 10, 10), torch.device("cpu"))
+    parts = (drawn.reshape(passes, units) * passes).floor().sort(dim=0).values
+    assert torch.equal(parts, torch.arange(passes).double()[:, None].expand(-1, units))
+
+
+@pytest.mark.parametrize(("p", "passes"), [(0.5, 100), (0.3, 10), (0.25, 30), (0.999, 100)])
+def test_stratified_passes_keep_each_unit_as_often_as_p_says(p: float, passes: int) -> None:
+    site, rows, units = CustomDropout(p, "classic"), 50, 400
+    torch.manual_seed(0)
+    with only_sites_in_train_mode(site, stratified(passes)):
+        kept = site(torch.ones(passes * rows, units)).reshape(passes, rows * units)
+    # (1 - p) T, rounded up or down at random so that it is right on average.
+    expected = (1 - p) * passes
+    counts = kept.sum(dim=0)
+    assert ((counts - expected).abs() < 1).all()
+    rounding = math.sqrt(max(expected % 1 * (1 - expected % 1), 1e-12) / (rows * units))
+    assert abs(counts.mean(dtype=torch.float64).item() - expected) < 4 * rounding + 1e-6
+    # Each pass alone is an ordinary one: 4.5 standard errors, since there are up to 100.
+    share = kept.mean(dim=1)
+    assert ((share - (1 - p)).abs() < 4.5 * math.sqrt(p * (1 - p) / (rows * units))).all()
+
+
+def test_stratified_units_are_independent_and_two_passes_hardly_correlated() -> None:
+    torch.manual_seed(0)
+    kept = stratified(10)((10, 100_000), torch.device("cpu")) >= 0.5
+    one, other = kept[:, ::2].double(), kept[:, 1::2].double()
+    # Two units of a pass agree in half of the passes: 5 of 10, standard error over 50,000 pairs.
+    agree = (one == other).double().mean().item()
+    assert abs(agree - 0.5) < 4 * math.sqrt(0.25 / 10 / 50_000)
+    # Two passes of a unit: drawing 5 of 10 without replacement has a correlation of -1/9.
+    both = (kept[0] & kept[1]).double().mean().item()
+    assert abs(both - 0.5 * 4 / 9) < 4 * math.sqrt(0.25 / 100_000)

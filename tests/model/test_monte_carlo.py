@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import nn
 
@@ -18,6 +19,8 @@ from model.evaluation import (
     mc_outputs,
     regression_metrics,
 )
+
+MASKS: tuple[evaluation.Masks, ...] = ("independent", "stratified")
 
 
 def network(p: float) -> nn.Sequential:
@@ -77,6 +80,54 @@ def test_the_mean_of_the_passes_of_a_linear_network_is_eval_mode() -> None:
     samples = mc_outputs(model, x, passes, seed=0)
     four_standard_errors = 4 * samples.std(axis=0) / math.sqrt(passes)
     assert (np.abs(samples.mean(axis=0) - eval_outputs(model, x)) < four_standard_errors).all()
+
+
+def test_stratified_passes_know_their_mean_better_than_independent_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 32), nn.ReLU(), CustomDropout(0.5, "classic"), nn.Linear(32, 2)
+    )
+    x = normal(3)
+
+    def means(masks: evaluation.Masks) -> NDArray[np.float64]:
+        return np.array([mc_outputs(model, x, 20, seed, masks).mean(axis=0) for seed in range(200)])
+
+    independent, stratified = means("independent"), means("stratified")
+    # Behind a single site the output is a sum over units, each of which is kept 10 times of 20.
+    np.testing.assert_allclose(stratified.std(axis=0), 0.0, atol=1e-6)
+    np.testing.assert_allclose(
+        stratified.mean(axis=0), np.broadcast_to(eval_outputs(model, x), (3, 2)), atol=1e-6
+    )
+    assert (independent.std(axis=0) > 0.01).all()
+
+
+def test_stratified_passes_of_a_deeper_network_have_the_same_mean_with_less_variance() -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Linear(4 if i == 0 else 32, 32), nn.ReLU(), CustomDropout(0.5, "classic"))
+        for i in range(2)
+    ]
+    model, x, repeats = nn.Sequential(*layers, nn.Linear(32, 2)), normal(3), 400
+    means = {
+        masks: np.array(
+            [mc_outputs(model, x, 20, seed, masks).mean(axis=0) for seed in range(repeats)]
+        )
+        for masks in MASKS
+    }
+    independent, stratified = means["independent"], means["stratified"]
+    # The standard deviation of 400 draws is known within 1 / sqrt(800) of it.
+    assert (stratified.std(axis=0) < 0.8 * independent.std(axis=0)).all()
+    four_standard_errors = 4 * independent.std(axis=0) * np.sqrt(2 / repeats)
+    gap = np.abs(stratified.mean(axis=0) - independent.mean(axis=0))
+    assert (gap < four_standard_errors).all()
+
+
+def test_stratified_passes_stay_with_their_row_and_their_seed() -> None:
+    # More rows than are run at once.
+    model, x = network(0.5), normal(3 * evaluation.ROW_PASSES_AT_ONCE // 100)
+    first = mc_outputs(model, x, 100, 7, "stratified")
+    assert np.array_equal(mc_outputs(model, x, 100, 7, "stratified"), first)
+    np.testing.assert_allclose(first.mean(axis=0), eval_outputs(model, x), rtol=1e-4, atol=1e-5)
 
 
 def test_each_mode_of_a_regression_is_judged_with_its_own_noise() -> None:
