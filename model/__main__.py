@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,22 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"must be a whole number in [1, 2^31), not {text!r}")
     return int(text)
+
+
+def finite(text: str) -> float:
+    """Read a number that is at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return number
+
+
+def patience(text: str) -> int | None:
+    """Read ``--patience``: epochs, or ``none``."""
+    return None if text == "none" else positive(text)
 
 
 def seed(text: str) -> int:
@@ -64,11 +81,40 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--network", choices=NETWORKS, default="mlp", help="kind of network")
     train.add_argument("--hidden", type=widths, default=(256, 256), help="widths of the layers")
     train.add_argument("--p", type=probability, default=0.5, help="share of units dropped")
+    train.add_argument(
+        "--input-p", type=probability, default=0.0, help="share of the features dropped"
+    )
     train.add_argument("--scaling", choices=SCALINGS, default="classic", help="who scales when")
     train.add_argument(
         "--epochs", type=positive, default=training.TrainingConfig.epochs, help="epochs at most"
     )
     train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
+    train.add_argument(
+        "--learning-rate",
+        type=finite,
+        default=training.TrainingConfig.learning_rate,
+        help="of AdamW, at the start",
+    )
+    train.add_argument(
+        "--schedule",
+        choices=training.SCHEDULES,
+        default=training.TrainingConfig.schedule,
+        help="of the learning rate: to 0 over the epochs, or none",
+    )
+    train.add_argument(
+        "--weight-decay",
+        type=finite,
+        default=training.TrainingConfig.weight_decay,
+        help="of AdamW",
+    )
+    train.add_argument(
+        "--patience",
+        type=patience,
+        default=training.TrainingConfig.patience,
+        metavar="EPOCHS",
+        help="without a better validation loss before training stops and takes the best weights; "
+        "none: train all epochs and keep the last",
+    )
     train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
     train.add_argument(
         "--calibrate",
@@ -98,10 +144,18 @@ def train(args: argparse.Namespace) -> None:
         hidden=args.hidden,
         p=args.p,
         scaling=args.scaling,
+        input_p=args.input_p,
     )
     parts = datasets.split(dataset, args.seed)
     how = training.TrainingConfig(
-        epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, calibrate=args.calibrate
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        schedule=args.schedule,
+        patience=args.patience,
+        calibrate=args.calibrate,
     )
     with checkpoint.Output(args.out) as output:
         print(

@@ -171,6 +171,8 @@ def load(directory: Path) -> Checkpoint:
             hidden=tuple(network["hidden"]),
             p=network["p"],
             scaling=network["scaling"],
+            # Checkpoints from before there was such a site have none.
+            input_p=network.get("input_p", 0.0),
         )
         model = Model(config)
         model.load_state_dict(load_file(directory / "weights.safetensors"))

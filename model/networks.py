@@ -28,10 +28,11 @@ class NetworkConfig:
     hidden: tuple[int, ...]
     p: float
     scaling: Scaling
+    input_p: float = 0.0  # of the features themselves; 0: no site there
 
 
 class Model(nn.Module):
-    """Standardise raw features, then run the network.
+    """Standardise raw features, drop some of them if asked to, then run the network.
 
     Shape
     -----
@@ -50,6 +51,10 @@ class Model(nn.Module):
         statistics = 1 if self.is_image else config.input_shape[0]
         self.register_buffer("mean", torch.zeros(statistics))
         self.register_buffer("std", torch.ones(statistics))
+        # No site where nothing is dropped, so that the bundle has none either.
+        self.input_dropout = (
+            CustomDropout(config.input_p, config.scaling) if config.input_p else nn.Identity()
+        )
         self.network = build_network(config)
 
     def learn_input_scale(self, x: Tensor) -> None:
@@ -76,7 +81,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map raw features ``[B, *input_shape]`` to logits or values ``[B, C]``."""
-        out: Tensor = self.network((x - self.mean) / self.std)
+        out: Tensor = self.network(self.input_dropout((x - self.mean) / self.std))
         return out
 
 

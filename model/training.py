@@ -9,6 +9,7 @@ Prechelt (1998), Early Stopping - But When?
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,11 +21,8 @@ from model import calibration, evaluation
 from model.datasets import Dataset, Split
 from model.networks import Model, NetworkConfig
 
-# Chosen with the number of epochs on the validation parts of six splits of digits.
-LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 1e-4
-# Epochs without a better validation loss before training stops.
-PATIENCE = 25
+Schedule = Literal["cosine", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,13 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 64
     seed: int = 0
+    # Chosen with the number of epochs on the validation parts of six splits of digits.
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-4
+    schedule: Schedule = "cosine"  # of the learning rate: to 0 over the epochs, or none
+    # Epochs without a better validation loss before training stops and takes the best weights
+    # back; None: all epochs are trained and the last weights kept.
+    patience: int | None = 25
     calibrate: bool = False  # classification only
 
 
@@ -102,7 +107,7 @@ def fit(
     *,
     progress: bool,
 ) -> list[tuple[float, float]]:
-    """Run the epochs, leave ``model`` with its best weights, return the loss curves."""
+    """Run the epochs, leave ``model`` with the weights to keep, return the loss curves."""
 
     def tensors(part: Dataset) -> tuple[Tensor, Tensor]:
         y = torch.from_numpy(part.y)
@@ -111,7 +116,9 @@ def fit(
     loss_of = functional.cross_entropy if mean is None else functional.mse_loss
     x, y = tensors(parts.train)
     x_val, y_val = tensors(parts.validation)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs)
     best_loss, best_epoch, best_weights = float("inf"), 0, copy.deepcopy(model.state_dict())
     losses: list[tuple[float, float]] = []
@@ -125,7 +132,8 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
                 optimizer.step()
                 total += loss.item() * len(rows)
-            schedule.step()
+            if how.schedule == "cosine":
+                schedule.step()
             validation_loss = eval_loss(model, loss_of, x_val, y_val)
             losses.append((total / len(x), validation_loss))
             bar.set_postfix(train=f"{losses[-1][0]:.4f}", validation=f"{validation_loss:.4f}")
@@ -133,12 +141,15 @@ def fit(
                 raise ValueError(
                     f"the loss is {losses[-1]} in epoch {epoch + 1}: training diverged"
                 )
+            if how.patience is None:
+                continue
             if validation_loss < best_loss:
                 best_loss, best_epoch = validation_loss, epoch
                 best_weights = copy.deepcopy(model.state_dict())
-            elif epoch - best_epoch >= PATIENCE:
+            elif epoch - best_epoch >= how.patience:
                 break
-    model.load_state_dict(best_weights)
+    if how.patience is not None:
+        model.load_state_dict(best_weights)
     model.eval()
     return losses
 

@@ -1,6 +1,7 @@
 """The checkpoint: what comes back, what its files hold, and what is refused."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError, load, save
 from model.datasets import Dataset, split
+from model.dropout import CustomDropout
 from model.networks import NETWORKS, NetworkName
 from model.training import TrainingConfig, train
 from tests.model.toys import config, tree, two_classes, two_targets
@@ -19,9 +21,10 @@ from tests.model.toys import config, tree, two_classes, two_targets
 FILES = ["checkpoint.json", "holdout.npz", "weights.safetensors"]
 
 
-def trained(dataset: Dataset, network: NetworkName = "mlp") -> Checkpoint:
+def trained(dataset: Dataset, network: NetworkName = "mlp", input_p: float = 0.0) -> Checkpoint:
     parts = split(dataset, 0)
     described = config(dataset, network, p=0.3, scaling="inverted", hidden=(8, 4))
+    described = replace(described, input_p=input_p)
     result = train(described, parts, TrainingConfig(epochs=2), progress=False)
     return Checkpoint(
         model=result.model,
@@ -59,6 +62,24 @@ def refusal(directory: Path) -> str:
     assert str(directory) in message
     assert "\n" not in message
     return message
+
+
+def test_a_checkpoint_from_before_the_input_site_has_none(saved: Path) -> None:
+    path = saved / "checkpoint.json"
+    document = json.loads(path.read_text())
+    assert document["network"].pop("input_p") == 0.0
+    path.write_text(json.dumps(document))
+    assert load(saved).config == classifier().config
+
+
+def test_the_input_site_comes_back(tmp_path: Path) -> None:
+    before = trained(two_targets(60), input_p=0.25)
+    save(before, tmp_path)
+    after = load(tmp_path)
+    assert after.config.input_p == 0.25
+    site = after.model.input_dropout
+    assert isinstance(site, CustomDropout)
+    assert (site.p, site.scaling) == (0.25, "inverted")
 
 
 def images() -> Dataset:
@@ -157,6 +178,7 @@ def test_a_single_array_is_no_holdout(saved: Path) -> None:
         ("outputs", 3),
         ("outputs", -1),
         ("p", 1),
+        ("input_p", 1),
         ("scaling", "foo"),
     ],
 )

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import checkpoint
+from model import checkpoint, training
 from model.__main__ import main
+from model.datasets import Split
+from model.networks import NetworkConfig
+from model.training import Trained, TrainingConfig
 from tests.model.toys import tree, two_classes, two_targets
 
 FILES = ["checkpoint.json", "holdout.npz", "plots.png", "weights.safetensors"]
@@ -168,6 +171,35 @@ def test_the_same_seed_writes_the_same_weights_over_the_older_ones(
     assert tree(tmp_path) == ["run", *(f"run/{name}" for name in FILES), "t.csv"]
 
 
+def test_options_of_training_reach_it(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = training.train
+
+    def watched(config: NetworkConfig, parts: Split, how: TrainingConfig, **more: bool) -> Trained:
+        asked.append((config.input_p, how))
+        return real(config, parts, how, **more)
+
+    monkeypatch.setattr(training, "train", watched)
+    write_csv(tmp_path / "t.csv")
+    arguments = ["--data", "t.csv", "--target", "y", "--out", "run", *SMALL]
+    train(*arguments)
+    given = ["--learning-rate", "1e-2", "--weight-decay", "0", "--schedule", "constant"]
+    train(*arguments, *given, "--input-p", "0.25", "--patience", "none")
+    train(*arguments, "--patience", "7")
+    assert asked == [
+        (0.0, TrainingConfig(epochs=2)),
+        (
+            0.25,
+            TrainingConfig(
+                epochs=2, learning_rate=1e-2, weight_decay=0, schedule="constant", patience=None
+            ),
+        ),
+        (0.0, TrainingConfig(epochs=2, patience=7)),
+    ]
+
+
 def test_double_scaling_is_warned_of_in_one_line(train: Command, tmp_path: Path) -> None:
     write_csv(tmp_path / "t.csv")
     arguments = ["--data", "t.csv", "--target", "y", "--out", "run", *SMALL]
@@ -238,11 +270,16 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     ("option", "value"),
     [
         *[("--p", value) for value in ("1", "-0.1", "nan", "inf", "half", "")],
+        *[("--input-p", value) for value in ("1", "-0.1", "nan", "half")],
         *[("--scaling", value) for value in ("foo", "Classic")],
         *[("--network", value) for value in ("foo", "")],
         *[("--hidden", value) for value in ("0", "8,0", "8,,8", "-8", "8.5", "", "9" * 20)],
         *[("--epochs", value) for value in ("0", "-1", "1.5", "many", "9" * 20)],
         *[("--batch-size", value) for value in ("0", "1e3", "9" * 20)],
+        *[("--learning-rate", value) for value in ("-1e-3", "nan", "inf", "fast")],
+        *[("--weight-decay", value) for value in ("-1", "nan", "inf", "")],
+        *[("--schedule", value) for value in ("linear", "")],
+        *[("--patience", value) for value in ("0", "-1", "None", "2.5")],
         *[("--seed", value) for value in ("-1", "0.5", str(2**63))],
         *[("--task", value) for value in ("foo", "")],
         ("--foo", "1"),

@@ -10,10 +10,14 @@ from model.networks import NETWORKS, Model, NetworkConfig, NetworkName
 
 
 def build(
-    network: NetworkName, shape: tuple[int, ...] = (8, 8), p: float = 0.5, seed: int = 0
+    network: NetworkName,
+    shape: tuple[int, ...] = (8, 8),
+    p: float = 0.5,
+    seed: int = 0,
+    input_p: float = 0.0,
 ) -> Model:
     torch.manual_seed(seed)
-    return Model(NetworkConfig(network, shape, 3, (12, 6), p, "classic"))
+    return Model(NetworkConfig(network, shape, 3, (12, 6), p, "classic", input_p))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -63,6 +67,40 @@ def test_every_hidden_layer_has_its_dropout_site(
     sites = [site for site in build(network, p=0.3).modules() if isinstance(site, CustomDropout)]
     assert [site.channels for site in sites] == channels
     assert {(site.p, site.scaling) for site in sites} == {(0.3, "classic")}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_features_have_a_site_where_they_are_to_be_dropped(network: NetworkName) -> None:
+    plain, dropping = build(network), build(network, input_p=0.25)
+    sites = [site for site in dropping.modules() if isinstance(site, CustomDropout)]
+    assert [site.p for site in sites] == [0.25] + [0.5] * (len(sites) - 1)
+    assert len(sites) == 1 + sum(isinstance(site, CustomDropout) for site in plain.modules())
+    # The same weights under the same names: old checkpoints fit.
+    ours, theirs = plain.state_dict(), dropping.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_drops_standardised_features_and_evaluation_keeps_them() -> None:
+    model = build("mlp", (1000,), p=0.0, input_p=0.25)
+    x = normal(50, 1000) * 10 + 100
+    model.learn_input_scale(x)
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(x)
+    model.eval()(x)
+    standardised = (x - model.mean) / model.std
+    dropped = seen[0] == 0
+    # 50,000 features, of which a quarter: 0.002 is one standard deviation.
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(seen[0][~dropped], standardised[~dropped])
+    torch.testing.assert_close(seen[1], 0.75 * standardised)
+
+
+@pytest.mark.parametrize("input_p", [-0.1, 1.0, float("nan")])
+def test_a_share_of_features_that_is_none_is_an_error(input_p: float) -> None:
+    with pytest.raises(ValueError, match=r"p must be a number in \[0, 1\)"):
+        build("mlp", input_p=input_p)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from model import datasets, training
+from model import datasets
 from model.datasets import Dataset, Split, split
 from model.networks import NETWORKS, NetworkName
-from model.training import Trained, TrainingConfig, train
+from model.training import Schedule, Trained, TrainingConfig, train
 from tests.model.toys import config, two_classes, two_targets
 
 
@@ -86,12 +86,63 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights() -> N
     )
     validation = [loss for _, loss in trained.losses]
     assert len(validation) < 2000
-    assert len(validation) == 1 + int(np.argmin(validation)) + training.PATIENCE
+    assert TrainingConfig.patience == 25
+    assert len(validation) == 1 + int(np.argmin(validation)) + 25
     assert validation[-1] > min(validation)
     with torch.no_grad():
         logits = trained.model(torch.from_numpy(parts.validation.x))
     loss = functional.cross_entropy(logits, torch.from_numpy(parts.validation.y)).item()
     assert loss == pytest.approx(min(validation), rel=1e-5)
+
+
+def test_without_patience_all_epochs_are_trained_and_the_last_weights_kept() -> None:
+    dataset = two_classes(rows=80)
+    labels = np.random.default_rng(5).integers(2, size=80)
+    parts = split(replace(dataset, y=labels), 0)
+    how = TrainingConfig(epochs=150, patience=None)
+    trained = train(config(dataset, p=0.0, hidden=(128,)), parts, how, progress=False)
+    validation = [loss for _, loss in trained.losses]
+    assert len(validation) == 150
+    assert validation[-1] > min(validation)
+    with torch.no_grad():
+        logits = trained.model(torch.from_numpy(parts.validation.x))
+    loss = functional.cross_entropy(logits, torch.from_numpy(parts.validation.y)).item()
+    assert loss == pytest.approx(validation[-1], rel=1e-5)
+
+
+def test_a_constant_learning_rate_goes_on_where_the_cosine_ends() -> None:
+    dataset = two_targets()
+
+    def last_change(schedule: Schedule) -> float:
+        how = TrainingConfig(epochs=30, schedule=schedule, patience=None)
+        trained = train(config(dataset, p=0.0), split(dataset, 0), how, progress=False)
+        return abs(trained.losses[-1][1] - trained.losses[-2][1])
+
+    assert last_change("cosine") < last_change("constant") / 10
+
+
+def test_weights_move_as_fast_as_the_learning_rate_says() -> None:
+    dataset = two_classes()
+
+    def after(learning_rate: float) -> torch.Tensor:
+        # The first step of Adam is as long as the learning rate, whatever the gradient.
+        how = TrainingConfig(1, len(dataset), learning_rate=learning_rate, weight_decay=0.0)
+        trained = train(config(dataset), split(dataset, 0), how, progress=False)
+        return trained.model.network.output.bias
+
+    for rate in (1e-4, 1e-2):
+        torch.testing.assert_close((after(rate) - after(0.0)).abs(), torch.full((2,), rate))
+
+
+def test_weight_decay_makes_weights_smaller() -> None:
+    dataset = two_classes()
+
+    def size(weight_decay: float) -> float:
+        how = TrainingConfig(epochs=20, weight_decay=weight_decay, patience=None)
+        trained = train(config(dataset), split(dataset, 0), how, progress=False)
+        return sum(float((p**2).sum()) for p in trained.model.state_dict().values())
+
+    assert size(10.0) < size(0.0) / 2
 
 
 @pytest.mark.parametrize("network", NETWORKS)
