@@ -94,7 +94,8 @@ def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputE
         largest = answers.argmax(axis=1).tolist()
         for place in places(sizes):
             if fine or not beyond[place].any():
-                found.append(Prediction(values(engine.manifest, answers[place]), largest[place]))
+                own = np.ascontiguousarray(values(engine.manifest, answers[place]))
+                found.append(Prediction(own, largest[place]))
             else:
                 found.append(out_of_reach(engine.manifest))
     return in_place(found, faults)

@@ -91,6 +91,7 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
                 )
                 for site in sites
             ),
+            noise=trained.config.noise,
             noise_std=trained.noise_std,
             provenance=bundle.Provenance(
                 data=trained.holdout.name,

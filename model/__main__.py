@@ -12,7 +12,7 @@ import numpy as np
 from model import checkpoint, datasets, plots, report, training
 from model.commandline import OneLineParser
 from model.dropout import SCALINGS, check_probability, double_scaling_warning
-from model.networks import NETWORKS, NetworkConfig
+from model.networks import NETWORKS, NOISES, NetworkConfig
 
 
 def probability(text: str) -> float:
@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--input-p", type=probability, default=0.0, help="share of the features dropped"
     )
+    train.add_argument(
+        "--noise",
+        choices=NOISES,
+        default="constant",
+        help="of a regression's targets; input: a second head answers how large it is where",
+    )
     train.add_argument("--scaling", choices=SCALINGS, default="classic", help="who scales when")
     train.add_argument(
         "--epochs", type=positive, default=training.TrainingConfig.epochs, help="epochs at most"
@@ -145,6 +151,7 @@ def train(args: argparse.Namespace) -> None:
         p=args.p,
         scaling=args.scaling,
         input_p=args.input_p,
+        noise=args.noise,
     )
     parts = datasets.split(dataset, args.seed)
     how = training.TrainingConfig(

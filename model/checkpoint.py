@@ -54,7 +54,7 @@ class Checkpoint:
     holdout: Dataset  # the test part, in raw features
     feature_ranges: tuple[tuple[float, float], ...]  # D pairs, of the training part; () for images
     input_range: tuple[float, float]  # over all features
-    noise_std: tuple[float, ...] | None  # [C], regression only
+    noise_std: tuple[float, ...] | None  # [C], regression of constant noise only
     metrics: dict[str, dict[str, float]]  # of the test part, by mode
     seed: int
     packages: dict[str, str]
@@ -171,8 +171,9 @@ def load(directory: Path) -> Checkpoint:
             hidden=tuple(network["hidden"]),
             p=network["p"],
             scaling=network["scaling"],
-            # Checkpoints from before there was such a site have none.
+            # Checkpoints from before there was such a site, or such a noise, have none.
             input_p=network.get("input_p", 0.0),
+            noise=network.get("noise", "constant"),
         )
         model = Model(config)
         model.load_state_dict(load_file(directory / "weights.safetensors"))

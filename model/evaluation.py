@@ -116,11 +116,24 @@ def reliability(
     return mean_confidence, accuracy, count[filled]
 
 
+def values_and_noise(
+    outputs: Floats, part: Dataset, noise_std: Floats | None
+) -> tuple[Floats, Floats]:
+    """Return values ``[..., C]`` and their noise's standard deviation: ``[C]``, or ``[..., C]``.
+
+    ``noise_std [C]`` is None where the network's ``outputs [..., 2C]`` hold it.
+    """
+    targets = len(part.outputs)
+    noise = np.exp(outputs[..., targets:]) if noise_std is None else noise_std
+    return outputs[..., :targets], noise
+
+
 def regression_statistics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, Statistic]:
     """Return RMSE, MAE (target units) and log-likelihood (nats a row), to resample.
 
     ``samples [T, B, C]`` are the passes, the prediction is their mean; a point prediction is one
-    pass. The log-likelihood is that of the passes' mixture with the observation noise.
+    pass. The log-likelihood is that of the passes' mixture with the observation noise, ``noise_std
+    [C]`` or ``[T, B, C]``.
     """
     error = samples.mean(axis=0) - y
     mean_square = mean_of((error**2).mean(axis=1))
@@ -140,7 +153,8 @@ def regression_metrics(samples: Floats, y: Floats, noise_std: Floats) -> dict[st
 def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
     """Return ``log 1/T sum_t N(y; f_t, noise_std^2)`` as ``[B, C]``.
 
-    Gal and Ghahramani (2016), eq. 8 of the appendix; ``noise_std [C]`` is tau^(-1/2).
+    Gal and Ghahramani (2016), eq. 8 of the appendix; ``noise_std``, ``[C]`` or ``[T, B, C]``, is
+    tau^(-1/2).
     """
     z = (y - samples) / noise_std  # [T, B, C]
     log_density = -0.5 * z**2 - np.log(noise_std) - 0.5 * np.log(2 * np.pi)
@@ -160,17 +174,23 @@ def central_level(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
     return np.abs(2 * below - 1)
 
 
-def fit_noise(samples: Floats, y: Floats) -> Floats:
-    """Return the observation noise std ``[C]`` that makes ``y [B, C]`` likeliest."""
-    spread = np.sqrt(((y - samples.mean(axis=0)) ** 2).mean(axis=0))  # [C]
+def fit_noise(samples: Floats, y: Floats, shape: Floats | None = None) -> Floats:
+    """Return the observation noise std ``[C]`` that makes ``y [B, C]`` likeliest.
+
+    With a ``shape [T, B, C]``, what that is to be multiplied by to give the noise std.
+    """
+    shape = np.ones_like(samples) if shape is None else shape
+    error = (y - samples.mean(axis=0)) / np.sqrt((shape**2).mean(axis=0))
+    spread = np.sqrt((error**2).mean(axis=0))  # [C]
     # A perfect fit still has the rounding of float32, in the target's own unit.
-    spread = np.maximum(spread, np.maximum(1e-6 * np.abs(y).max(axis=0), 1e-30))
+    least = 1e-6 * np.abs(y).max(axis=0) / shape.max(axis=(0, 1))
+    spread = np.maximum(spread, np.maximum(least, 1e-30))
 
     def fit_one(output: int) -> float:
         column = slice(output, output + 1)
 
         def loss(log_std: float) -> float:
-            noise = np.exp(np.array([log_std]))
+            noise = np.exp(log_std) * shape[..., column]
             return -float(log_likelihood(samples[..., column], y[:, column], noise).mean())
 
         # The residual's spread is what a point prediction would need; passes that already
@@ -187,19 +207,20 @@ def evaluate(
     """Return the metrics of ``part`` in eval mode and for 100 Monte Carlo passes.
 
     For regression ``noise_std`` is the noise of the Monte Carlo answer and ``eval_noise_std``
-    that of the point prediction, ``[C]`` each.
+    that of the point prediction, ``[C]`` each; None where the network answers it itself.
     """
     x = torch.from_numpy(part.x)
     point = eval_outputs(model, x)
     samples = mc_outputs(model, x, PASSES, seed=0)
-    if noise_std is None or eval_noise_std is None:
+    if part.task == "classification":
         y = part.y.astype(np.int64)
         return {
             "eval": classification_metrics(class_probabilities(point), y),
             "mc": classification_metrics(class_probabilities(samples), y),
         }
     values = part.y.astype(np.float64)
-    return {
-        "eval": regression_metrics(point[None], values, eval_noise_std),
-        "mc": regression_metrics(samples, values, noise_std),
-    }
+    found = {}
+    for mode, outputs, noise in (("eval", point[None], eval_noise_std), ("mc", samples, noise_std)):
+        passes, std = values_and_noise(outputs, part, noise)
+        found[mode] = regression_metrics(passes, values, std)
+    return found

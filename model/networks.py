@@ -2,6 +2,11 @@
 
 A ``Model`` holds the preprocessing as part of the network, so that it is exported with it and a
 client sends raw features.
+
+References
+----------
+Nix and Weigend (1994), Estimating the Mean and Variance of the Target Probability Distribution.
+Kendall and Gal (2017), What Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision?
 """
 
 import math
@@ -16,6 +21,11 @@ from model.dropout import CustomDropout, Scaling
 
 NetworkName = Literal["mlp", "convnet", "residual"]
 NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
+Noise = Literal["constant", "input"]
+NOISES: tuple[Noise, ...] = get_args(Noise)
+# Of the logarithm of a noise's standard deviation, in the targets' own: what is a thousand times as
+# large, or as small, as all targets' spread is the network's extrapolation and not the data's.
+LOG_STD_LIMIT = 7.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class NetworkConfig:
     p: float
     scaling: Scaling
     input_p: float = 0.0  # of the features themselves; 0: no site there
+    noise: Noise = "constant"  # of a regression's targets; input: the network answers it, too
 
 
 class Model(nn.Module):
@@ -37,11 +48,14 @@ class Model(nn.Module):
     Shape
     -----
     Input ``[B, *input_shape]`` of raw features; output ``[B, C]``: logits, or values in the
-    target's own units once ``fold_target_scale`` was called.
+    target's own units once ``fold_target_scale`` was called. Where the noise depends on the input,
+    ``[B, 2C]``: behind the values the logarithms of their noise's standard deviations (Nix and
+    Weigend 1994; Kendall and Gal 2017).
     """
 
     mean: Tensor
     std: Tensor
+    log_scale: Tensor | None  # [C], of the noise's standard deviation
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -55,7 +69,10 @@ class Model(nn.Module):
         self.input_dropout = (
             CustomDropout(config.input_p, config.scaling) if config.input_p else nn.Identity()
         )
-        self.network = build_network(config)
+        own_noise = config.noise == "input"
+        self.register_buffer("log_scale", torch.zeros(config.outputs) if own_noise else None)
+        width = 2 * config.outputs if own_noise else config.outputs
+        self.network = build_network(replace(config, outputs=width))
 
     def learn_input_scale(self, x: Tensor) -> None:
         """Standardise from now on with the mean and standard deviation of ``x [B, ...]``."""
@@ -68,9 +85,11 @@ class Model(nn.Module):
     @torch.no_grad()
     def fold_target_scale(self, mean: Tensor, std: Tensor) -> None:
         """Make a network that was trained on ``(y - mean) / std`` answer ``y``, ``[C]`` each."""
-        output = self.network.output
-        output.weight.mul_(std[:, None])
-        output.bias.mul_(std).add_(mean)
+        output, targets = self.network.output, len(mean)
+        output.weight[:targets].mul_(std[:, None])
+        output.bias[:targets].mul_(std).add_(mean)
+        if self.log_scale is not None:
+            self.log_scale.add_(std.log())
 
     @torch.no_grad()
     def fold_temperature(self, temperature: float) -> None:
@@ -82,7 +101,10 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map raw features ``[B, *input_shape]`` to logits or values ``[B, C]``."""
         out: Tensor = self.network(self.input_dropout((x - self.mean) / self.std))
-        return out
+        if self.log_scale is None:
+            return out
+        values, log_std = out.chunk(2, dim=1)
+        return torch.cat([values, log_std.clamp(-LOG_STD_LIMIT, LOG_STD_LIMIT) + self.log_scale], 1)
 
 
 class Mlp(nn.Module):

@@ -93,25 +93,27 @@ def report(
     """Measure every way to answer on ``part``.
 
     For regression ``noise_std [C]`` is the noise around the passes and ``eval_noise_std [C]`` that
-    around eval mode.
+    around eval mode; None where the network answers it itself.
     """
+    classes = part.task == "classification"
     judged: dict[str, Judged] = {}
     clean: dict[str, dict[str, Floats]] = {}  # by way and uncertainty: [B]
     predictions = None
     for way, outputs in ways(model, part.x):
         noise = eval_noise_std if way == EVAL_MODE else noise_std
-        if noise is None:
+        if classes:
             probabilities = softmax(outputs, axis=-1)
             judged[way] = judge_classes(probabilities.mean(axis=0), part.y.astype(np.int64))
         else:
-            judged[way] = judge_values(outputs, part.y.astype(np.float64), noise)
+            samples, std = evaluation.values_and_noise(outputs, part, noise)
+            judged[way] = judge_values(samples, part.y.astype(np.float64), std)
             if way == MOST:
-                predictions = predict(outputs, part.y.astype(np.float64), noise)
-        clean[way] = doubts(outputs, noise)
+                predictions = predict(samples, part.y.astype(np.float64), std)
+        clean[way] = doubts(outputs, part, noise)
     auroc: dict[str, dict[str, dict[str, float]]] = {way: {} for way in judged}
     for shift, x in shifts.shifted(part.x[:SHIFTED_ROWS]).items():
         for way, outputs in ways(model, x):
-            shifted = doubts(outputs, eval_noise_std if way == EVAL_MODE else noise_std)
+            shifted = doubts(outputs, part, eval_noise_std if way == EVAL_MODE else noise_std)
             auroc[way][shift] = {
                 name: uncertainties.auroc(clean[way][name], doubt)
                 for name, doubt in shifted.items()
@@ -126,7 +128,7 @@ def report(
     answers = {}
     for way, found in judged.items():
         # Both end on what a service would order by: the confidence, or the total std.
-        doubt = clean[way]["max_probability" if noise_std is None else "total_std"]
+        doubt = clean[way]["max_probability" if classes else "total_std"]
         risk = uncertainties.risk_coverage(found.loss, doubt)
         answers[way] = Answer(
             metrics={name: estimates[way, name] for name in found.statistics},
@@ -161,11 +163,11 @@ def ways(model: nn.Module, rows: NDArray[np.float32]) -> Iterator[tuple[str, Flo
         yield f"{passes} stratified", evaluation.mc_outputs(model, x, passes, 0, "stratified")
 
 
-def doubts(outputs: Floats, noise_std: Floats | None) -> dict[str, Floats]:
+def doubts(outputs: Floats, part: Dataset, noise_std: Floats | None) -> dict[str, Floats]:
     """Return the uncertainties ``[B]`` of logits or values ``[T, B, C]``."""
-    if noise_std is None:
+    if part.task == "classification":
         return uncertainties.of_classes(softmax(outputs, axis=-1))
-    return uncertainties.of_values(outputs, noise_std)
+    return uncertainties.of_values(*evaluation.values_and_noise(outputs, part, noise_std))
 
 
 def judge_classes(probabilities: Floats, y: NDArray[np.int64]) -> Judged:
@@ -197,7 +199,8 @@ def predict(samples: Floats, y: Floats, noise_std: Floats) -> Predictions:
     """Return mean and interval of the first target for some rows of ``samples [T, B, C]``."""
     passes, true = samples[:, :POINTS, 0], y[:POINTS, 0]
     # The predictive mixture: a pass plus observation noise, here drawn with a fixed seed.
-    noise = np.random.default_rng(0).normal(0.0, noise_std[0], passes.shape)
+    std = np.broadcast_to(noise_std, samples.shape)[:, :POINTS, 0]
+    noise = np.random.default_rng(0).normal(0.0, std)
     tails = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
     lower, upper = np.quantile(passes + noise, tails, axis=0).tolist()
     mean = passes.mean(axis=0)

@@ -21,6 +21,7 @@ from model import calibration, evaluation
 from model.datasets import Dataset, Split
 from model.networks import Model, NetworkConfig
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 Schedule = Literal["cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -48,7 +49,8 @@ class Trained:
 
     model: Model
     metrics: dict[str, dict[str, float]]  # of the test part, by mode: "eval" and "mc"
-    noise_std: tuple[float, ...] | None  # [C], of the targets around the passes; regression only
+    # [C], of the targets around the passes; regression of constant noise only
+    noise_std: tuple[float, ...] | None
     eval_noise_std: tuple[float, ...] | None  # [C], around eval mode
     temperature: float | None  # that the logits were divided by; where they were calibrated only
     losses: tuple[tuple[float, float], ...]  # training and validation loss of each epoch
@@ -60,11 +62,13 @@ def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress:
     Raises
     ------
     ValueError
-        If the network does not fit the data, the loss stops being a number, or a regression is to
-        be calibrated.
+        If the network does not fit the data, the loss stops being a number, a regression is to be
+        calibrated, or classes are to have noise.
     """
     if how.calibrate and parts.train.task == "regression":
         raise ValueError("a temperature calibrates class probabilities; this is a regression")
+    if config.noise == "input" and parts.train.task == "classification":
+        raise ValueError("noise is that of values; this is a classification")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
         model = Model(config)
@@ -113,7 +117,10 @@ def fit(
         y = torch.from_numpy(part.y)
         return torch.from_numpy(part.x), y if mean is None or std is None else (y - mean) / std
 
-    loss_of = functional.cross_entropy if mean is None else functional.mse_loss
+    loss_of: Loss = functional.cross_entropy if mean is None else functional.mse_loss
+    validation_loss_of = loss_of
+    if model.log_scale is not None:
+        loss_of, validation_loss_of = attenuated_loss, gaussian_nll
     x, y = tensors(parts.train)
     x_val, y_val = tensors(parts.validation)
     optimizer = torch.optim.AdamW(
@@ -134,7 +141,7 @@ def fit(
                 total += loss.item() * len(rows)
             if how.schedule == "cosine":
                 schedule.step()
-            validation_loss = eval_loss(model, loss_of, x_val, y_val)
+            validation_loss = eval_loss(model, validation_loss_of, x_val, y_val)
             losses.append((total / len(x), validation_loss))
             bar.set_postfix(train=f"{losses[-1][0]:.4f}", validation=f"{validation_loss:.4f}")
             if not np.isfinite(losses[-1]).all():
@@ -155,9 +162,7 @@ def fit(
 
 
 @torch.no_grad()
-def eval_loss(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
-) -> float:
+def eval_loss(model: nn.Module, loss_of: Loss, x: Tensor, y: Tensor) -> float:
     """Return the mean loss of eval mode."""
     model.eval()
     total = 0.0
@@ -166,13 +171,46 @@ def eval_loss(
     return total / len(x)
 
 
+def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of ``y [B, C]``, but for a constant.
+
+    Of ``outputs [B, 2C]``, values and the logarithms of their noise's standard deviations: Nix and
+    Weigend (1994), eq. 4; Kendall and Gal (2017), eq. 5.
+    """
+    return gaussian_nlls(outputs, y).mean()
+
+
+def attenuated_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return that likelihood with each value's part weighed by its noise's standard deviation.
+
+    So the values of noisy rows are still learned: Seitzer et al. (2022), On the Pitfalls of
+    Heteroscedastic Uncertainty Estimation with Probabilistic Neural Networks, eq. 9, beta = 1/2.
+    """
+    weight = outputs.chunk(2, dim=1)[1].detach().exp()
+    return (weight * gaussian_nlls(outputs, y)).mean()
+
+
+def gaussian_nlls(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return ``log std + (y - value)^2 / (2 std^2)``, ``[B, C]``."""
+    values, log_std = outputs.chunk(2, dim=1)
+    return log_std + 0.5 * ((y - values) * torch.exp(-log_std)) ** 2
+
+
 def observation_noise(
     model: Model, part: Dataset
 ) -> tuple[evaluation.Floats, evaluation.Floats] | tuple[None, None]:
-    """Fit the noise std ``[C]`` around the passes, and around eval mode, on the validation part."""
+    """Fit the noise std ``[C]`` around the passes, and around eval mode, on the validation part.
+
+    Where the network answers the noise itself, the factor is fitted that its answers lack, and
+    folded into the network.
+    """
     if part.task == "classification":
         return None, None
     x, y = torch.from_numpy(part.x), part.y.astype(np.float64)
     samples = evaluation.mc_outputs(model, x, evaluation.PASSES, seed=0)
+    if model.log_scale is not None:
+        values, std = evaluation.values_and_noise(samples, part, None)
+        model.log_scale.add_(torch.from_numpy(np.log(evaluation.fit_noise(values, y, std))))
+        return None, None
     point = evaluation.eval_outputs(model, x)
     return evaluation.fit_noise(samples, y), evaluation.fit_noise(point[None], y)

@@ -6,6 +6,7 @@ one pass. The greater a number, the less sure the answer.
 References
 ----------
 Gal (2016), Uncertainty in Deep Learning, section 3.3.
+Kendall and Gal (2017), What Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision?
 Houlsby et al. (2011), Bayesian Active Learning for Classification and Preference Learning.
 Geifman and El-Yaniv (2017), Selective Classification for Deep Neural Networks.
 Geifman, Uziel and El-Yaniv (2019), Bias-Reduced Uncertainty Estimation for Deep Neural
@@ -55,12 +56,13 @@ def of_values(samples: Floats, noise_std: Floats) -> dict[str, Floats]:
     """Return the uncertainties ``[B]`` of values ``[T, B, C]`` in the target's unit.
 
     - ``epistemic_std``: s, the standard deviation of the passes (Gal and Ghahramani 2016, eq. 7).
-    - ``total_std``: sqrt(s^2 + noise_std^2), where ``noise_std`` is broadcast against ``[B, C]``.
+    - ``total_std``: sqrt(s^2 + mean square of the noise), whose standard deviation ``noise_std`` is
+      ``[C]`` or ``[T, B, C]`` (Kendall and Gal 2017, eq. 9).
 
     Of several targets it is the root of the mean square. Of a single pass there is only the
     second, and a noise that is the same for all rows tells no row from another.
     """
-    total = np.broadcast_to(np.square(noise_std), samples.shape[1:])
+    total = np.broadcast_to(np.square(noise_std), samples.shape).mean(axis=0)
     if len(samples) == 1:
         return {"total_std": np.sqrt(total.mean(axis=1))}
     epistemic = samples.var(axis=0, ddof=1)
