@@ -67,7 +67,9 @@ def widths(text: str) -> tuple[int, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    top = OneLineParser(prog="python -m model", description="Train a network with dropout.")
+    top = OneLineParser(
+        prog="python -m model", description="Train a network with dropout, and judge it."
+    )
     commands = top.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train",

@@ -1,7 +1,7 @@
 """How good the answers are: metrics on arrays, observation noise, Monte Carlo passes in torch.
 
-Every metric is a mean over rows. ``samples`` are the outputs of T train-mode passes; the metrics
-of a Monte Carlo answer are those of the passes' mixture.
+Every metric is a statistic of rows, to be resampled (``bootstrap``). ``samples`` are the outputs of
+T train-mode passes; the metrics of a Monte Carlo answer are those of the passes' mixture.
 """
 
 from typing import Literal
@@ -105,7 +105,11 @@ def confidence_bins(confidence: Floats) -> NDArray[np.int64]:
 def reliability(
     probabilities: Floats, y: NDArray[np.int64]
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Return mean confidence, accuracy and number of rows of each non-empty confidence bin."""
+    """Return mean confidence, accuracy and number of rows of each non-empty confidence bin.
+
+    The reliability diagram: DeGroot and Fienberg (1983), The Comparison and Evaluation of
+    Forecasters; the bins are those of the ECE.
+    """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == y
     bins = confidence_bins(confidence)

@@ -1,11 +1,12 @@
-"""The README's tables are true."""
+"""What the README and the documentation measured is what was measured last."""
 
 from pathlib import Path
 
 from app.settings import Settings
-from benchmarks import scaling_table
+from benchmarks import calibration_table, scaling_table
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 ROWS = [line for line in README.splitlines() if line.startswith("|")]
 
 
@@ -20,3 +21,25 @@ def test_the_readme_names_every_option_and_variable_with_its_default() -> None:
 def test_the_readmes_table_of_scalings_is_the_one_last_measured() -> None:
     table = scaling_table.markdown(scaling_table.read())
     assert "\n".join(table) in README
+
+
+def test_the_tables_of_calibration_are_those_last_measured() -> None:
+    table = calibration_table.read()
+    documented = (ROOT / "docs" / "training.md").read_text()
+    for lines in (
+        calibration_table.ways_markdown(table),
+        calibration_table.differences_markdown(table),
+        calibration_table.temperatures_markdown(table),
+    ):
+        assert "\n".join(lines) in documented
+
+
+def test_the_readme_says_of_passes_what_was_measured() -> None:
+    table = calibration_table.read()
+    better = sum(difference.upper < 0 for difference in table.differences)
+    worse = sum(difference.lower > 0 for difference in table.differences)
+    assert (len(table.differences), worse, better) == (12, 1, 0)
+    nll = [table.ways[way]["nll"] for way in ("100 passes", "eval mode")]
+    assert abs(nll[0] - nll[1]) < 0.002
+    for way, measure in (("100 passes", "mutual_information"), ("eval mode", "max_probability")):
+        assert f"{table.ways[way][f'inverted {measure}']:.2f}" in README
