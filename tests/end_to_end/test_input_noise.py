@@ -75,8 +75,9 @@ def test_what_is_answered_is_what_the_passes_and_their_noise_say(
     np.testing.assert_allclose(answer["epistemic_std"], std, rtol=1e-4)
     total = np.hypot(std, answer["aleatoric_std"])
     np.testing.assert_allclose(answer["total_std"], total, rtol=1e-4)
-    # Noise that grows tenfold from one end to the other.
-    assert (np.diff(np.array(answer["aleatoric_std"])[:, 0]) > 0).all()
+    # It grows sixfold from one of these rows to the last.
+    first, *_, last = np.array(answer["aleatoric_std"])[:, 0]
+    assert last > 2 * first
     # The interval is that of a mixture whose parts differ in their noise; with its mean one comes
     # near.
     for end, share in (("lower", 0.1), ("upper", 0.9)):
