@@ -5,7 +5,7 @@ RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wild
 PYTHON := .venv/bin/python
 
 PEERS := litserve bentoml mlserver rayserve triton
-BENCHMARKS := scaling-table calibration-table predict-http reading mc-passes scaling startup-memory deployment gpu
+BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
 
 .PHONY: run setup test test-slow image-test check format bench bench-peers soak overload $(BENCHMARKS) lock
 run: models/digits

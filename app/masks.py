@@ -21,10 +21,10 @@ stream serves all sites, a number for each unit and replicate: it picks the colu
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
-from typing import Literal, get_args
+from itertools import accumulate, groupby, pairwise
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -112,43 +112,67 @@ class StratifiedStream(MaskStream):
 
     def __init__(self, seed: int, sites: Sequence[DropoutSite]) -> None:
         super().__init__(seed, sites)
-        self.units = [math.prod(site.mask_shape) for site in sites]
-        self.replicate = replicate_length(tuple({site.p for site in sites}))
-        # The bit of each pass of a replicate, for columns ``[., units]``.
-        bits = 1 << np.arange(self.replicate).reshape(-1, 1, 1)
-        self.bits: NDArray[np.unsignedinteger] = bits.astype(column_type(self.replicate))
+        units = tuple(math.prod(site.mask_shape) for site in sites)
+        self.plan = plan(tuple(site.p for site in sites), units)
+        self.replicate = self.plan.replicate
 
     def draw(self, rows: range, passes: range) -> dict[str, NDArray[np.bool_]]:
         """Draw the masks of some passes of some rows; see ``MaskStream.draw``."""
         length = self.replicate
         turns = range(passes.start // length, -(-passes.stop // length))
-        columns = self.columns(self.numbers(0, rows, turns, sum(self.units)))
+        drawn = self.numbers(0, rows, turns, self.plan.units)
+        parts = [pool.take(drawn[:, start:stop]) for pool, start, stop in self.plan.spans]
+        columns = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         # Pass by pass, as numpy is fast along long rows.
-        picked = columns & self.bits  # [n, rows x turns, units of all sites]
+        picked = columns & self.plan.bits  # [n, rows x turns, units of all sites]
         skipped = passes.start - turns.start * length
-        masks, end = {}, 0
-        for site, units in zip(self.sites, self.units, strict=True):
-            start, end = end, end + units
-            kept = np.empty((len(columns), length, units), np.bool_)
-            np.not_equal(picked[..., start:end].swapaxes(0, 1), 0, out=kept)
-            by_row = kept.reshape(len(rows), len(turns) * length, units)
-            some = by_row[:, skipped : skipped + len(passes)]
-            masks[site.mask_input] = np.ascontiguousarray(some).reshape(-1, *site.mask_shape)
+        masks = {}
+        for site, (start, stop) in zip(self.sites, self.plan.places, strict=True):
+            kept = np.empty((len(columns), length, stop - start), np.bool_)
+            np.not_equal(picked[..., start:stop].swapaxes(0, 1), 0, out=kept)
+            if len(turns) * length > len(passes):
+                by_row = kept.reshape(len(rows), len(turns) * length, stop - start)
+                kept = np.ascontiguousarray(by_row[:, skipped : skipped + len(passes)])
+            masks[site.mask_input] = kept.reshape(-1, *site.mask_shape)
         return masks
 
-    def columns(self, drawn: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
-        """Look up the column of each unit: bit t says whether pass t of the replicate keeps it."""
-        parts = [
-            pool(p, self.replicate).take(drawn[:, start:stop]) for p, start, stop in self.spans()
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def spans(self) -> Iterator[tuple[float, int, int]]:
-        """Say where the units of neighbouring sites of the same p begin and end."""
-        end = 0
-        for p, sites in groupby(zip(self.sites, self.units, strict=True), lambda pair: pair[0].p):
-            start, end = end, end + sum(units for _, units in sites)
-            yield p, start, end
+class Plan(NamedTuple):
+    """How the stratified masks of some sites are drawn.
+
+    Parameters
+    ----------
+    replicate
+        Passes of a replicate, n.
+    bits
+        The bit of each of its passes, ``[n, 1, 1]``.
+    units
+        Of all sites.
+    places
+        Where the units of each site begin and end among them.
+    spans
+        The columns to draw from, and where the units begin and end that draw from them:
+        neighbouring sites of the same p together.
+    """
+
+    replicate: int
+    bits: NDArray[np.unsignedinteger]
+    units: int
+    places: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[NDArray[np.unsignedinteger], int, int], ...]
+
+
+@lru_cache
+def plan(ps: tuple[float, ...], units: tuple[int, ...]) -> Plan:
+    """Plan the masks of sites of some ``ps`` and ``units``."""
+    length = replicate_length(ps)
+    bits = 1 << np.arange(length).reshape(-1, 1, 1)
+    spans, end = [], 0
+    for p, alike in groupby(zip(ps, units, strict=True), lambda pair: pair[0]):
+        start, end = end, end + sum(count for _, count in alike)
+        spans.append((pool(p, length), start, end))
+    places = tuple(pairwise(accumulate(units, initial=0)))
+    return Plan(length, bits.astype(column_type(length)), end, places, tuple(spans))
 
 
 def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite]) -> MaskStream:
@@ -156,7 +180,6 @@ def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite]) -> MaskStream:
     return StratifiedStream(seed, sites) if kind == "stratified" else MaskStream(seed, sites)
 
 
-@lru_cache
 def replicate_length(ps: tuple[float, ...]) -> int:
     """Return the length of a replicate for which as little as can be is left to rounding.
 
@@ -165,7 +188,7 @@ def replicate_length(ps: tuple[float, ...]) -> int:
     """
 
     def left(n: int) -> float:
-        return sum(rounding(p * n) / (p * (1 - p) * n) for p in ps if p > 0)
+        return sum(rounding(p * n) / (p * (1 - p) * n) for p in set(ps) if p > 0)
 
     # As decimal fractions of which p is one leave nothing but rounding of their own.
     return min(REPLICATE_PASSES, key=lambda n: round(left(n), 9))

@@ -157,7 +157,8 @@ def replicated_error(deviations: Floats, replicate: int) -> Floats:
         return np.full(deviations.shape[1:], np.inf)
     sums = np.add.reduceat(deviations, starts)  # [R, B, C], n_r d_r each
     sums *= sums
-    sums /= np.diff(starts, append=passes)[:, None, None]
+    sums[-1] *= replicate / (passes - starts[-1])
+    sums /= replicate
     error: Floats = np.sqrt(np.add.reduce(sums) / ((len(starts) - 3) * passes))
     return error
 

@@ -82,7 +82,7 @@ def test_what_is_answered_is_what_the_passes_and_their_noise_say(
     # near.
     for end, share in (("lower", 0.1), ("upper", 0.9)):
         z = (np.array(answer["interval"][end]) - samples) / np.array(answer["aleatoric_std"])
-        np.testing.assert_allclose(stats.norm.cdf(z).mean(axis=0), share, atol=0.02)
+        np.testing.assert_allclose(stats.norm.cdf(z).mean(axis=0), share, atol=0.04)
 
 
 def test_intervals_of_fresh_rows_are_wide_where_the_noise_is(noisy: httpx.Client) -> None:
