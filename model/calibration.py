@@ -20,7 +20,9 @@ from scipy.optimize import minimize_scalar
 
 from model.evaluation import Floats, class_probabilities, classification_metrics
 
-# Standard deviation of the prior of log T; see fit_temperature.
+# Standard deviation of the prior of log T; see fit_temperature. Of some from 0.1 up to none at all,
+# tried on splits of digits and of scikit-learn's wine and breast cancer data, the one that cost
+# calibrated networks little and still moved one that was too sure.
 PRIOR_STD = 0.3
 BOUNDS = (-4.0, 4.0)  # of log T
 
