@@ -8,10 +8,11 @@ one pass keeps the other drops, as far as p lets it). And what it costs to make 
 answer a query.
 """
 
-import subprocess
-import sys
+import json
+import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,7 @@ from app.masks import KINDS, stream
 from app.models import load_engines
 from app.runs import as_answers, values
 from app.service import Query, Service
-from benchmarks import timing
-from benchmarks.network import FOLDER
-from export.bundle import DropoutSite
+from benchmarks import network, timing
 from model import checkpoint
 
 DATA = ("digits", "diabetes")
@@ -32,19 +31,28 @@ PS = (0.5, 0.1)
 PASSES, ROWS, SEEDS = 50, 64, 300
 COST_PASSES, COST_ROWS, WIDTH = 100, (1, 16), 256
 
+RESULT = Path(__file__).with_suffix(".json")
+
 Floats = NDArray[np.float64]
-Masks = dict[str, NDArray[np.bool_]]
-Uniforms = Callable[[tuple[int, int, int]], Floats]  # of rows, passes and units
+Shape = tuple[int, int, int]  # rows, passes, units
+Draw = Callable[[np.random.Generator, Shape], Floats]
 
 
 def main() -> None:
-    rows: list[timing.Row] = []
-    with tqdm(total=len(DATA) * len(PS), unit="network") as bar:
-        for data in DATA:
-            for p in PS:
-                rows += variances(data, p)
-                bar.update()
-    timing.report(__file__, f"{PASSES} passes, {ROWS} held-out rows, {SEEDS} seeds", rows + costs())
+    networks = [(data, p) for data in DATA for p in PS]
+    variance = [row for each in tqdm(networks, unit="network") for row in variances(*each)]
+    cost = costs()
+    RESULT.write_text(json.dumps({"variance": variance, "cost": cost}, indent=2) + "\n")
+    print(f"\n{PASSES} passes, {ROWS} held-out rows, {SEEDS} seeds\n")
+    print("\n".join(timing.markdown(variance)))
+    print(f"\n{COST_PASSES} passes, 2 x {WIDTH} units, one thread ({timing.machine()})\n")
+    print("\n".join(timing.markdown(cost)))
+
+
+def read(part: str) -> list[timing.Row]:
+    """Return the rows of a table as they were last measured."""
+    rows: list[timing.Row] = json.loads(RESULT.read_text())[part]
+    return rows
 
 
 def variances(data: str, p: float) -> list[timing.Row]:
@@ -52,16 +60,22 @@ def variances(data: str, p: float) -> list[timing.Row]:
     name = f"{data}-{p:g}"
     service, x = served(name, data, p)
     engine = service.models.find(name, 1).engine
-
-    def asked(kind: str, seed: int) -> Floats:
-        assert kind in KINDS
-        query = Query(x, name, 1, PASSES, seed, 0.9, kind)
-        return np.asarray(service.uncertainty(query)["mean"], np.float64)
-
-    ways: dict[str, Callable[[int], Floats]] = {kind: partial(asked, kind) for kind in KINDS}
-    for title, uniforms in (("one Latin hypercube", hypercube), ("antithetic pairs", antithetic)):
-        ways[title] = partial(mean_of, engine, x, uniforms)
-    found = {way: np.array([mean(seed) for seed in range(SEEDS)]) for way, mean in ways.items()}
+    found: dict[str, Floats] = {}
+    held: dict[str, float] = {}
+    for kind in KINDS:
+        answers = [
+            service.uncertainty(Query(x, name, 1, PASSES, seed, 0.9, kind)) for seed in range(SEEDS)
+        ]
+        found[kind], error = (
+            np.array([answer[field] for answer in answers], np.float64)
+            for field in ("mean", "standard_error")
+        )
+        # The mean of all is the exact one, but for a little. Of classes, the one that is answered.
+        exact = found[kind].mean(axis=0)
+        inside = np.abs(found[kind] - exact) <= 1.96 * error
+        held[kind] = float(inside[:, np.arange(len(x)), exact.argmax(axis=1)].mean())
+    for title, draw in (("one Latin hypercube", hypercube), ("antithetic pairs", antithetic)):
+        found[title] = np.array([mean_of(engine, x, draw, seed) for seed in range(SEEDS)])
     independent = found["independent"].var(axis=0, ddof=1).sum()
     ratios = {way: float(m.var(axis=0, ddof=1).sum() / independent) for way, m in found.items()}
     return [
@@ -71,6 +85,7 @@ def variances(data: str, p: float) -> list[timing.Row]:
             "masks": way,
             "variance of the mean / independent": ratio,
             "independent passes as precise": round(PASSES / ratio),
+            "within 1.96 standard errors": held.get(way),
         }
         for way, ratio in ratios.items()
     ]
@@ -78,25 +93,25 @@ def variances(data: str, p: float) -> list[timing.Row]:
 
 def served(name: str, data: str, p: float) -> tuple[Service, NDArray[np.float32]]:
     """Train and export a network, once; return a service of it, and held-out rows."""
-    run, models = FOLDER / "stratified" / "runs" / name, FOLDER / "stratified" / "models"
+    folder = network.FOLDER / "stratified"
+    run, models = folder / "runs" / name, folder / "models"
     if not (models / name / "1").exists():
-        command("model", "train", "--data", data, "--p", str(p), "--out", str(run))
-        command("export", str(run), "--models", str(models), "--name", name)
-    limits = {"max_rows": ROWS, "max_passes": PASSES, "max_row_passes": ROWS * PASSES}
-    return Service(load_engines(models, "cpu"), **limits), checkpoint.load(run).holdout.x[:ROWS]
+        network.command("model", "train", "--data", data, "--p", str(p), "--out", str(run))
+        network.command("export", str(run), "--models", str(models), "--name", name)
+    engines = load_engines(models, "cpu")
+    service = Service(
+        engines, max_rows=ROWS, max_passes=COST_PASSES, max_row_passes=ROWS * COST_PASSES
+    )
+    return service, checkpoint.load(run).holdout.x[:ROWS]
 
 
-def command(*arguments: str) -> None:
-    """Run a command of the project."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([sys.executable, "-m", *arguments], check=True, **quiet)
-
-
-def mean_of(engine: Engine, x: NDArray[np.float32], uniforms: Uniforms, seed: int) -> Floats:
+def mean_of(engine: Engine, x: NDArray[np.float32], draw: Draw, seed: int) -> Floats:
     """Return the mean of passes whose masks keep a unit where its uniform is at least p."""
     generator = np.random.default_rng(seed)
     masks = {
-        site.mask_input: kept(site, partial(uniforms, generator), len(x))
+        site.mask_input: (
+            draw(generator, (len(x), PASSES, math.prod(site.mask_shape))) >= site.p
+        ).reshape(-1, *site.mask_shape)
         for site in engine.manifest.sites
     }
     outputs = engine.passes(x, np.repeat(np.arange(len(x)), PASSES), masks)
@@ -105,22 +120,17 @@ def mean_of(engine: Engine, x: NDArray[np.float32], uniforms: Uniforms, seed: in
     return mean
 
 
-def kept(site: DropoutSite, uniforms: Uniforms, rows: int) -> NDArray[np.bool_]:
-    """Make the masks of a site, ``[rows x passes, *mask_shape]``."""
-    units = int(np.prod(site.mask_shape))
-    return (uniforms((rows, PASSES, units)) >= site.p).reshape(-1, *site.mask_shape)
-
-
-def hypercube(generator: np.random.Generator, shape: tuple[int, int, int]) -> Floats:
+def hypercube(generator: np.random.Generator, shape: Shape) -> Floats:
     """Draw uniforms of which each unit has one in every fiftieth."""
     places = generator.random(shape).argsort(axis=1)
-    drawn: Floats = (places + generator.random(shape)) / shape[1]
+    drawn: Floats = (places + generator.random(shape)) / PASSES
     return drawn
 
 
-def antithetic(generator: np.random.Generator, shape: tuple[int, int, int]) -> Floats:
+def antithetic(generator: np.random.Generator, shape: Shape) -> Floats:
     """Draw uniforms u, and 1 - u for the next pass."""
-    half = generator.random((shape[0], shape[1] // 2, shape[2]))
+    rows, passes, units = shape
+    half = generator.random((rows, passes // 2, units))
     return np.stack([half, 1 - half], axis=2).reshape(shape)
 
 
@@ -128,27 +138,24 @@ def costs() -> list[timing.Row]:
     """Time masks, and whole queries, of both kinds."""
     name = f"digits-{PS[0]:g}"
     service, x = served(name, "digits", PS[0])
-    service.max_passes, service.max_row_passes = COST_PASSES, 10**6
     sites = service.models.find(name, 1).manifest.sites
     found: list[timing.Row] = []
     for count in COST_ROWS:
-        drawing = {
-            kind: partial(stream(kind, 7, sites).draw, range(count), range(COST_PASSES))
+        passes = range(COST_PASSES)
+        masks: dict[str, Callable[[], object]] = {
+            kind: partial(stream(kind, 7, sites).draw, range(count), passes) for kind in KINDS
+        }
+        queries: dict[str, Callable[[], object]] = {
+            kind: partial(service.uncertainty, Query(x[:count], name, 1, COST_PASSES, 7, 0.9, kind))
             for kind in KINDS
         }
-        asking = {
-            kind: partial(
-                service.uncertainty,
-                Query(x[:count], name, 1, COST_PASSES, 7, 0.9, kind),
-            )
-            for kind in KINDS
-        }
-        for what, works in (("masks", drawing), ("a query", asking)):
+        for what, works in (("masks", masks), ("query", queries)):
             seconds = timing.interleaved(works)
             found += [
                 {
+                    "rows": count,
+                    "what": what,
                     "masks": kind,
-                    "what": f"{what}, {count} x {COST_PASSES} passes, 2 x {WIDTH} units",
                     "ms": 1000 * seconds[kind],
                     "time / independent": seconds[kind] / seconds["independent"],
                 }

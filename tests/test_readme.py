@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.settings import Settings
-from benchmarks import calibration_table, scaling_table
+from benchmarks import calibration_table, scaling_table, stratified, timing
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +21,19 @@ def test_the_readme_names_every_option_and_variable_with_its_default() -> None:
 def test_the_readmes_table_of_scalings_is_the_one_last_measured() -> None:
     table = scaling_table.markdown(scaling_table.read())
     assert "\n".join(table) in README
+
+
+def test_the_docs_say_of_stratified_masks_what_was_measured_last() -> None:
+    documented = (ROOT / "docs" / "uncertainty.md").read_text()
+    assert "\n".join(timing.markdown(stratified.read("variance"))) in documented
+    for what, said in (("masks", "0.9 to 1.05\ntimes"), ("query", "1.04 to 1.12 times")):
+        low, high = (float(end) for end in said.removesuffix("times").split("to"))
+        assert said in documented
+        for row in stratified.read("cost"):
+            if (row["what"], row["masks"]) == (what, "stratified"):
+                ratio = row["time / independent"]
+                assert isinstance(ratio, float)
+                assert low <= ratio <= high
 
 
 def test_the_tables_of_calibration_are_those_last_measured() -> None:
