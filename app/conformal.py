@@ -32,9 +32,8 @@ def check(manifest: Manifest, coverage: float) -> None:
         raise InputError("coverage", "this version's bundle holds no scores; export it anew")
     n = len(manifest.conformal_scores[0])
     if rank(n, coverage) > n:
-        raise InputError(
-            "coverage", f"may be at most {n / (n + 1):.6f} here, as the bundle holds {n} scores"
-        )
+        most = math.floor(1e6 * n / (n + 1)) / 1e6
+        raise InputError("coverage", f"may be at most {most} here, as the bundle holds {n} scores")
 
 
 def rank(n: int, coverage: float) -> int:

@@ -121,17 +121,21 @@ class StratifiedStream(MaskStream):
         length = self.replicate
         turns = range(passes.start // length, -(-passes.stop // length))
         drawn = self.numbers(0, rows, turns, self.plan.units)
-        parts = [pool.take(drawn[:, start:stop]) for pool, start, stop in self.plan.spans]
-        columns = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        if len(self.plan.spans) == 1:
+            columns = self.plan.spans[0][0].take(drawn)
+        else:
+            parts = [pool.take(drawn[:, start:stop]) for pool, start, stop in self.plan.spans]
+            columns = np.concatenate(parts, axis=1)
         # Pass by pass, as numpy is fast along long rows.
         picked = columns & self.plan.bits  # [n, rows x turns, units of all sites]
-        skipped = passes.start - turns.start * length
+        whole = len(turns) * length == len(passes)
         masks = {}
         for site, (start, stop) in zip(self.sites, self.plan.places, strict=True):
             kept = np.empty((len(columns), length, stop - start), np.bool_)
             np.not_equal(picked[..., start:stop].swapaxes(0, 1), 0, out=kept)
-            if len(turns) * length > len(passes):
+            if not whole:
                 by_row = kept.reshape(len(rows), len(turns) * length, stop - start)
+                skipped = passes.start - turns.start * length
                 kept = np.ascontiguousarray(by_row[:, skipped : skipped + len(passes)])
             masks[site.mask_input] = kept.reshape(-1, *site.mask_shape)
         return masks

@@ -295,7 +295,7 @@ def sampled(
     InputError
         If that would be too many numbers.
     """
-    values = len(query.inputs) * query.passes * model.manifest.width
+    values = len(query.inputs) * query.passes * len(model.names)
     if values > MAX_KEPT_VALUES:
         why = "here" if query.tolerance is None else "with a tolerance"
         raise InputError(

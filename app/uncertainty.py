@@ -115,19 +115,22 @@ def moments(samples: Samples, replicate: int = 1) -> Moments:
     if passes == 1:
         return Moments(mean, np.zeros_like(mean), np.full_like(mean, np.nan))
     values -= mean
-    replicated = replicated_error(values, replicate) if replicate > 1 else None
+    sums = replicate_sums(values, replicate) if replicate > 1 else None
     values *= values
     std = np.sqrt(np.add.reduce(values) / (passes - 1))
-    standard_error = std / math.sqrt(passes)
-    if replicated is not None:
-        bound = math.sqrt(replicate / (replicate - 1)) * standard_error
-        # Where an output is linear in the masks, nothing is left but the rounding of its passes.
-        rounding = EPSILON * np.hypot(mean, std)
-        standard_error = np.maximum(np.minimum(bound, replicated), rounding)
-    return Moments(mean, std, standard_error)
+    if sums is None:
+        return Moments(mean, std, std / math.sqrt(passes))
+    return Moments(mean, std, replicated_error(sums, mean, std, passes, replicate))
 
 
-def replicated_error(deviations: Floats, replicate: int) -> Floats:
+def replicate_sums(deviations: Floats, replicate: int) -> Floats:
+    """Add up the deviations ``[T, B, C]`` within each replicate: ``[R, B, C]``."""
+    return np.add.reduceat(deviations, np.arange(0, len(deviations), replicate))
+
+
+def replicated_error(
+    sums: Floats, mean: Floats, std: Floats, passes: int, replicate: int
+) -> Floats:
     """Estimate the standard error of a mean of passes that were drawn ``replicate`` at a time.
 
     Passes of a replicate are not independent of each other, so s / sqrt(T) is not the standard
@@ -138,29 +141,33 @@ def replicated_error(deviations: Floats, replicate: int) -> Floats:
 
     Divided by R - 1 the sum would be right on average. Few replicates tell it roughly, and the
     error of the mean in units of it follows Student's t of R - 1 degrees of freedom, whose variance
-    is (R - 1) / (R - 3): so divided, units of it mean what one expects of a standard error. Three
-    replicates cannot tell: infinity.
+    is (R - 1) / (R - 3): so divided, units of it mean what one expects of a standard error.
 
-    Stratified masks raise the variance of no mean by more than n / (n - 1), n passes a replicate,
-    so what independent masks would have is, with this factor, a bound.
+    Three replicates cannot tell. Stratified masks raise the variance of no mean by more than
+    n / (n - 1), n passes a replicate, so then it is what independent masks have, with this factor.
 
     Parameters
     ----------
-    deviations
-        Of the passes from their mean, ``[T, B, C]``.
+    sums
+        Of the deviations from the mean within each replicate, n_r d_r: ``[R, B, C]``.
+    mean, std
+        Of the passes, ``[B, C]``.
+    passes
+        T.
     replicate
         Passes of a replicate; the last one may be shorter.
     """
-    passes = len(deviations)
-    starts = np.arange(0, passes, replicate)
-    if len(starts) <= 3:
-        return np.full(deviations.shape[1:], np.inf)
-    sums = np.add.reduceat(deviations, starts)  # [R, B, C], n_r d_r each
-    sums *= sums
-    sums[-1] *= replicate / (passes - starts[-1])
-    sums /= replicate
-    error: Floats = np.sqrt(np.add.reduce(sums) / ((len(starts) - 3) * passes))
-    return error
+    bound: Floats = std * math.sqrt(replicate / (replicate - 1) / passes)
+    replicates = len(sums)
+    if replicates <= 3:
+        return bound
+    squares = sums * sums / replicate
+    squares[-1] *= replicate / (passes - (replicates - 1) * replicate)
+    error = np.sqrt(np.add.reduce(squares) / ((replicates - 3) * passes))
+    # Where an output is linear in the masks, nothing is left but the rounding of its passes.
+    rounding = EPSILON * np.hypot(mean, std)
+    floored: Floats = np.maximum(error, np.minimum(rounding, bound))
+    return floored
 
 
 def passes_interval(samples: Samples, level: float) -> Interval:
@@ -225,15 +232,17 @@ def mixture_interval(
         density /= noise_std
         slope = np.add.reduce(density, 1) / passes
         low, high = np.where(excess < 0, place, low), np.where(excess < 0, high, place)
-        found = place - excess / np.maximum(slope, TINY)
         # Steps that do not halve would go round and round, those out of bounds astray.
-        good = (2 * np.abs(excess) <= step * slope) & (found >= low) & (found <= high)
+        steep = 2 * np.abs(excess) < step * slope
+        found = place - np.divide(excess, slope, out=np.zeros_like(slope), where=steep)
+        good = steep & (found >= low) & (found <= high)
         found = np.where(good, found, (low + high) / 2)
         step = np.abs(found - place)
         place = found
         if np.logical_and.reduce(step <= close, None):
             break
-    return Interval(place[0], -place[1])
+    # Of a level next to nothing they are as near to each other as they are to the quantiles.
+    return Interval(np.minimum(place[0], -place[1]), np.maximum(place[0], -place[1]))
 
 
 def normal_share(z: Floats, density: Floats) -> Floats:

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +45,13 @@ from app.models import load_engines
 from app.runs import Draw
 from app.uncertainty import Samples
 from benchmarks import timing
+from benchmarks.gal2016 import PAPER, SPLITS, Data, Figure, load
 from export.__main__ import export
 from model import checkpoint, evaluation
-from model.datasets import Dataset, Split
+from model.datasets import Split
 from model.networks import NetworkConfig
 from model.training import Schedule, Trained, TrainingConfig, train
 
-SPLITS = 20
 # As many as they took.
 PASSES = 10_000
 # The part of the training rows that settings are compared on: one in so many.
@@ -61,56 +61,6 @@ RESULT = Path(__file__).with_suffix(".json")
 ONE_LAYER, ONE_LAYER_128 = "one layer", "one layer, batches of 128"
 TWO_LAYERS, TUNED = "two layers", "tuned"
 PARTS = (ONE_LAYER, ONE_LAYER_128, TWO_LAYERS, TUNED)
-Rows = NDArray[np.int64]
-
-
-class Figure(NamedTuple):
-    """A mean over the splits and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
-class Paper(NamedTuple):
-    """What the paper has of a data set: p and tau, the prior's length-scale, and its figures."""
-
-    p: float
-    tau: float  # in the target's own unit
-    length_scale: float
-    rmse: tuple[Figure, Figure]  # of one layer, of two
-    log_likelihood: tuple[Figure, Figure]
-
-
-PAPER = {
-    "bostonHousing": Paper(
-        0.05,
-        0.1597,
-        0.01,
-        (Figure(2.97, 0.19), Figure(2.80, 0.13)),
-        (Figure(-2.46, 0.06), Figure(-2.34, 0.02)),
-    ),
-    "concrete": Paper(
-        0.01,
-        0.0557,
-        0.01,
-        (Figure(5.23, 0.12), Figure(4.50, 0.18)),
-        (Figure(-3.04, 0.02), Figure(-2.82, 0.02)),
-    ),
-    "energy": Paper(
-        0.05,
-        0.4271,
-        0.01,
-        (Figure(1.66, 0.04), Figure(0.474, 0.013)),
-        (Figure(-1.99, 0.02), Figure(-1.479, 0.003)),
-    ),
-    "yacht": Paper(
-        0.01,
-        0.5419,
-        0.1,
-        (Figure(1.109, 0.085), Figure(0.656, 0.062)),
-        (Figure(-1.554, 0.027), Figure(-1.370, 0.018)),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -173,13 +123,6 @@ GRID = {
 }
 
 
-class Data(NamedTuple):
-    """A data set, and the rows of each split: to train on and to test on."""
-
-    rows: Dataset
-    splits: tuple[tuple[Rows, Rows], ...]
-
-
 def main() -> None:
     command = argparse.ArgumentParser(prog="python -m benchmarks.uci")
     command.add_argument(
@@ -207,26 +150,6 @@ def main() -> None:
         found += results
     print("\n".join(markdown(found)))
     print("\n".join(["", *timing.markdown(choices(read()[1]))]))
-
-
-def load(folder: Path) -> Data:
-    """Read a data set as the paper's authors published it, with its splits."""
-
-    def numbers(name: str) -> Rows:
-        return np.loadtxt(folder / f"{name}.txt", ndmin=1).astype(np.int64)
-
-    table = np.loadtxt(folder / "data.txt", dtype=np.float32)
-    columns = numbers("index_features")
-    rows = Dataset(
-        name=folder.name,
-        task="regression",
-        x=table[:, columns],
-        y=table[:, numbers("index_target")],
-        features=tuple(f"x{column}" for column in columns),
-        outputs=("y",),
-    )
-    splits = ((numbers(f"index_train_{k}"), numbers(f"index_test_{k}")) for k in range(SPLITS))
-    return Data(rows, tuple(splits))
 
 
 def measure(data: Data, split: int, part: str, trials: Sequence[Trial]) -> Result:

@@ -21,6 +21,7 @@ from model.datasets import Dataset
 PASSES = 100
 # More would tell no more, and make the manifest long: n rows bound the coverage within 1 / n.
 MOST_ROWS = 2000
+MOST_SCORES = 100_000
 
 
 def scores(
@@ -43,7 +44,8 @@ def scores(
         Of each target; None for classes, and where the graph itself answers it.
     """
     generator = np.random.default_rng(SEED)
-    rows = np.arange(min(MOST_ROWS, len(holdout)))
+    targets = len(holdout.outputs) if holdout.task == "regression" else 1
+    rows = np.arange(min(MOST_ROWS, max(1, MOST_SCORES // targets), len(holdout)))
     found = [
         score(samples(graph, sites, holdout.x[some], generator), holdout.take(some), noise_std)
         for some in np.split(rows, range(0, len(rows), ROW_PASSES_AT_ONCE // PASSES)[1:])

@@ -204,9 +204,14 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Run the evaluate command."""
-    found = judge(checkpoint.load(args.run))
+    run = checkpoint.load(args.run)
     out = args.run if args.out is None else args.out
-    out.mkdir(parents=True, exist_ok=True)
+    # Before the work whose outcome it takes.
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise checkpoint.CheckpointError(f"cannot write to {out}: it is no folder") from None
+    found = judge(run)
     text = json.dumps(asdict(found), indent=2, allow_nan=False)
     (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     plots.write_page(found, out / "evaluation.png")

@@ -24,6 +24,8 @@ ECE_BINS = 15
 PASSES = 100
 # Rows times passes of one torch forward: bounds the memory of evaluating a large data set.
 ROW_PASSES_AT_ONCE = 8192
+# And of passes the numbers of their inputs, since activations grow with these.
+INPUTS_AT_ONCE = 2**19
 
 
 @torch.no_grad()
@@ -47,7 +49,8 @@ def mc_outputs(
     with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model, uniform):
         torch.manual_seed(seed)
         parts = []
-        for part in torch.split(x, max(1, ROW_PASSES_AT_ONCE // passes)):
+        at_once = min(ROW_PASSES_AT_ONCE, INPUTS_AT_ONCE // x[0].numel())
+        for part in torch.split(x, max(1, at_once // passes)):
             tiled = part.repeat(passes, *(1,) * (x.ndim - 1))  # [T * b, ...]
             parts.append(model(tiled).reshape(passes, len(part), -1))
     return np.asarray(torch.cat(parts, dim=1), dtype=np.float64)

@@ -52,7 +52,9 @@ def draw_losses(axes: Axes, losses: Sequence[tuple[float, float]]) -> None:
     training, validation = zip(*losses, strict=True)
     axes.plot(epochs, training, label="training (dropout on)")
     axes.plot(epochs, validation, label="validation (eval mode)")
-    axes.set(title="Loss", xlabel="epoch", ylabel="loss", yscale="log")
+    # A likelihood of values may make it negative.
+    scale = "log" if min(training + validation) > 0 else "linear"
+    axes.set(title="Loss", xlabel="epoch", ylabel="loss", yscale=scale)
     axes.legend()
 
 

@@ -134,10 +134,13 @@ def fit(
             model.train()
             total = 0.0
             for rows in torch.split(torch.randperm(len(x)), how.batch_size):
-                loss = loss_of(model(x[rows]), y[rows])
+                outputs = model(x[rows])
+                loss = loss_of(outputs, y[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
                 optimizer.step()
+                if loss_of is not validation_loss_of:
+                    loss = validation_loss_of(outputs.detach(), y[rows])
                 total += loss.item() * len(rows)
             if how.schedule == "cosine":
                 schedule.step()

@@ -43,7 +43,8 @@ def of_classes(probabilities: Floats) -> dict[str, Floats]:
     found = {"max_probability": 1.0 - mean.max(axis=1), "predictive_entropy": predictive}
     if passes == 1:
         return found
-    expected = entr(probabilities).sum(axis=2).mean(axis=0)
+    # Rounding can put a mean of equal entropies a hair above the entropy of their mean.
+    expected = np.minimum(entr(probabilities).sum(axis=2).mean(axis=0), predictive)
     named = probabilities.argmax(axis=2)[..., None] == np.arange(classes)  # [T, B, C]
     return found | {
         "expected_entropy": expected,

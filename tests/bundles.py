@@ -33,6 +33,8 @@ def train_and_export(
             metrics=trained.metrics,
             seed=how.seed,
             packages=checkpoint.package_versions(),
+            temperature=trained.temperature,
+            eval_noise_std=trained.eval_noise_std,
         ),
         run,
     )

@@ -8,7 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``runs/NAME``, ``models/NAME/1`` and ``NAME.log``, the commands' output."""
 
     def make(folder: Path) -> None:
-        for name, options in TRAINED.items():
-            build(folder, name, options)
+        # Two at a time: who else needs them waits, too, and leaves a core idle.
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(partial(build, folder), TRAINED, TRAINED.values()))
 
     return once(tmp_path_factory, "built", make)
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from app import masks, uncertainty
 from app.masks import KINDS, Kind
 from app.models import load_engines
 from app.service import Query, Service
+from export.bundle import DropoutSite
 from tests import enumerated
 from tests.enumerated import Exact
 
@@ -56,6 +58,26 @@ def test_the_mean_is_within_its_standard_error_of_the_exact_one_as_often_as_that
     # are linear in them, the bound on rounding; else the half replicate that 175 passes end with.
     if kind == "independent" or "two" in name:
         assert share < NOMINAL + TOLERANCE
+
+
+@pytest.mark.parametrize("passes", [50, 100, 200])
+@pytest.mark.parametrize("p", [0.5, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_it_is_of_what_masks_do_in_pairs_alone_which_no_stratification_takes_away(
+    kind: Kind, p: float, passes: int
+) -> None:
+    """Of such an output the standard error is largest, and its variance is above that of chance."""
+    rows, pairs = 4000, 8
+    site = DropoutSite(
+        name="s", p=p, scaling="classic", mask_input="m", mask_shape=(2 * pairs,), folded=True
+    )
+    kept = masks.stream(kind, 3, [site]).draw(range(rows), range(passes))["m"]
+    centred = kept.reshape(rows, passes, pairs, 2) - (1 - p)
+    samples = centred.prod(axis=3).sum(axis=2).T[..., None].astype(np.float32)  # [T, B, 1]
+    m = uncertainty.moments(samples, masks.stream(kind, 3, [site]).replicate)
+    share = float((np.abs(m.mean) <= 1.96 * m.standard_error).mean())
+    # 4,000 rows: three standard errors are 0.010; the rest is for few replicates, and skew.
+    assert abs(share - NOMINAL) < 0.018
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -1,6 +1,7 @@
 """Each statistic against its definition, computed another way, and its bounds."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,11 +87,15 @@ def test_three_replicates_cannot_tell_so_the_bound_of_all_masks_counts() -> None
     np.testing.assert_allclose(m.standard_error, m.std / math.sqrt(30) * math.sqrt(10 / 9))
 
 
-def test_the_standard_error_of_replicates_is_never_above_the_bound() -> None:
-    # Passes that differ by replicate alone.
-    samples = np.repeat(np.arange(10, dtype=np.float32), 10).reshape(100, 1, 1)
+def test_passes_that_agree_have_no_standard_error() -> None:
+    samples = np.full((100, 1, 1), 3, np.float32)
+    assert uncertainty.moments(samples, replicate=10).standard_error == 0
+
+
+def test_replicates_that_agree_to_the_last_digit_leave_the_rounding_of_their_passes() -> None:
+    samples = np.tile(np.array([2, 4], np.float32), 50).reshape(100, 1, 1)
     m = uncertainty.moments(samples, replicate=10)
-    np.testing.assert_allclose(m.standard_error, m.std / 10 * math.sqrt(10 / 9))
+    np.testing.assert_allclose(m.standard_error, np.hypot(3, m.std) * 2**-23)
 
 
 @st.composite
@@ -120,6 +125,28 @@ def test_the_predicted_interval_leaves_its_share_of_the_mixture_on_either_side(
     # a component changes by z / 1000 at most, with z up to 4.1 here.
     for outside in (below, above):
         np.testing.assert_allclose(outside.mean(axis=0), (1 - level) / 2, rtol=5e-3)
+
+
+@quick
+@given(mixtures(), st.floats(1e-9, 1e-3), st.integers(-36, 36))
+def test_the_predicted_interval_is_in_order_and_in_the_targets_unit(
+    mixture: tuple[Samples, NDArray[np.float64]], level: float, magnitude: int
+) -> None:
+    samples, noise_std = mixture
+    total_std = uncertainty.spreads(uncertainty.moments(samples), noise_std).total_std
+
+    def interval(unit: float) -> uncertainty.Interval:
+        # Beyond float32, too, as arithmetic on arrays is not.
+        values: Any = samples.astype(np.float64) * unit
+        return uncertainty.mixture_interval(values, noise_std * unit, total_std * unit, level)
+
+    unit = 2.0 ** (3 * magnitude)
+    found, scaled = interval(1.0), interval(unit)
+    assert (found.lower <= found.upper).all()
+    assert (scaled.lower <= scaled.upper).all()
+    # A power of two changes no digit.
+    np.testing.assert_allclose(scaled.lower, found.lower * unit, rtol=1e-9)
+    np.testing.assert_allclose(scaled.upper, found.upper * unit, rtol=1e-9)
 
 
 def test_the_predicted_interval_of_passes_that_agree_is_that_of_the_noise() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import timing, uci
+from benchmarks import gal2016, timing, uci
 from model import evaluation
 from tests.conftest import ROOT
 
@@ -15,13 +15,13 @@ README = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS, TRIALS = uci.read()
 
 with_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {uci.DATA_DIR}")
-every_set = pytest.mark.parametrize("name", uci.PAPER)
+every_set = pytest.mark.parametrize("name", gal2016.PAPER)
 
 
 @with_data
 @every_set
 def test_every_split_parts_the_rows_into_those_to_train_on_and_those_to_test_on(name: str) -> None:
-    data = uci.load(DATA / name)
+    data = gal2016.load(DATA / name)
     assert len(data.splits) == 20
     for train_rows, test_rows in data.splits:
         assert len(test_rows) == round(0.1 * len(data.rows))
@@ -31,7 +31,7 @@ def test_every_split_parts_the_rows_into_those_to_train_on_and_those_to_test_on(
 
 @with_data
 def test_settings_are_tried_on_training_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = uci.load(DATA / "yacht")
+    data = gal2016.load(DATA / "yacht")
     _, test_rows = data.splits[3]
     # Answers of the test rows that would make any training or metric that saw them diverge.
     data.rows.y[test_rows] = np.nan
@@ -45,7 +45,7 @@ def test_settings_are_tried_on_training_rows_alone(monkeypatch: pytest.MonkeyPat
 @with_data
 @pytest.mark.slow
 def test_a_split_of_yacht_through_the_bundle_comes_out_as_it_did_last() -> None:
-    data = uci.load(DATA / "yacht")
+    data = gal2016.load(DATA / "yacht")
     for part in (uci.ONE_LAYER, uci.TUNED):
         found = uci.measure(data, 0, part, [trial for trial in TRIALS if trial.data == "yacht"])
         (last,) = [r for r in RESULTS if (r.data, r.part, r.split) == ("yacht", part, 0)]
@@ -57,7 +57,7 @@ def test_a_split_of_yacht_through_the_bundle_comes_out_as_it_did_last() -> None:
 def test_the_log_likelihood_is_that_of_the_mixture_of_passes() -> None:
     generator = np.random.default_rng(0)
     samples, y = generator.normal(size=(50, 7, 1)), generator.normal(size=(7, 1))
-    tau = uci.PAPER["yacht"].tau
+    tau = gal2016.PAPER["yacht"].tau
     found = evaluation.regression_metrics(samples, y, np.array([tau**-0.5]))
     densities = stats.norm.pdf(y, samples, tau**-0.5).mean(axis=0)
     assert found["log_likelihood"] == pytest.approx(np.log(densities).mean())
@@ -73,7 +73,7 @@ def test_figures_are_means_over_splits_with_their_standard_errors() -> None:
 
 @every_set
 def test_one_layer_comes_out_as_in_the_paper_or_better(name: str) -> None:
-    paper = uci.PAPER[name]
+    paper = gal2016.PAPER[name]
     rmse, log_likelihood = uci.summary(RESULTS, name, uci.ONE_LAYER)
     assert rmse.mean <= paper.rmse[0].mean + 2 * paper.rmse[0].standard_error
     theirs = paper.log_likelihood[0]
@@ -83,16 +83,16 @@ def test_one_layer_comes_out_as_in_the_paper_or_better(name: str) -> None:
 @every_set
 def test_the_tuned_network_is_no_further_off_than_the_papers_two_layers(name: str) -> None:
     rmse, _ = uci.summary(RESULTS, name, uci.TUNED)
-    assert rmse.mean <= uci.PAPER[name].rmse[1].mean
+    assert rmse.mean <= gal2016.PAPER[name].rmse[1].mean
 
 
 @every_set
 def test_every_split_is_there_once_and_tried_every_setting(name: str) -> None:
     for part in uci.PARTS:
         splits = [r.split for r in RESULTS if (r.data, r.part) == (name, part)]
-        assert sorted(splits) == list(range(uci.SPLITS))
+        assert sorted(splits) == list(range(gal2016.SPLITS))
     tried = {(trial.split, trial.setting) for trial in TRIALS if trial.data == name}
-    assert tried == {(k, setting) for k in range(uci.SPLITS) for setting in uci.GRID[name]}
+    assert tried == {(k, setting) for k in range(gal2016.SPLITS) for setting in uci.GRID[name]}
 
 
 def test_the_docs_show_what_came_out_last() -> None:

@@ -371,8 +371,8 @@ def test_memory_is_bounded_whatever_rows_and_passes_are_allowed(
 def test_memory_is_bounded_for_a_network_whose_masks_are_small_and_activations_large(
     tmp_path: Path,
 ) -> None:
-    images = np.random.default_rng(0).random((40, 64, 64), dtype=np.float32)
-    np.savez(tmp_path / "images.npz", x=images, y=np.arange(40) % 2)
+    images = np.random.default_rng(0).random((20, 64, 64), dtype=np.float32)
+    np.savez(tmp_path / "images.npz", x=images, y=np.arange(20) % 2)
     run_directory = str(tmp_path / "runs" / "images")
     options = ["--network", "convnet", "--hidden", "8", "--epochs", "1"]
     train = ["model", "train", "--data", str(tmp_path / "images.npz"), "--out", run_directory]

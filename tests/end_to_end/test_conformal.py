@@ -1,6 +1,7 @@
 """Split-conformal sets and intervals hold the truth of fresh rows as often as asked."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_a_set_grows_with_the_coverage(noisy: httpx.Client) -> None:
         (
             "classes",
             0.999,
-            "coverage: may be at most 0.996678 here, as the bundle holds 300 scores",
+            "coverage: may be at most 0.996677 here, as the bundle holds 300 scores",
         ),
         ("older", 0.9, "coverage: this version's bundle holds no scores; export it anew"),
     ],
@@ -127,6 +128,14 @@ def test_a_coverage_that_cannot_be_promised_is_refused(
     body = {"inputs": [[0.5, 0.5]], "model": name, "coverage": coverage}
     answer = noisy.post("/uncertainty", json=body)
     assert (answer.status_code, answer.json()["detail"]) == (422, said)
+
+
+def test_the_most_that_is_named_is_allowed(noisy: httpx.Client) -> None:
+    body = {"inputs": [[0.5, 0.5]], "model": "classes", "coverage": 0.9999}
+    said = noisy.post("/uncertainty", json=body).json()["detail"]
+    found = re.search(r"at most (\S+) here", said)
+    assert found
+    ask(noisy, "classes", toys.noisy_classes(1).x, coverage=float(found[1]))
 
 
 def test_the_most_that_the_scores_can_promise_takes_the_greatest_of_them(

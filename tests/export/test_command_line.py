@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import main
-from tests.conftest import run
+from model import checkpoint
+from model.training import TrainingConfig
+from tests.bundles import train_and_export
+from tests.model import toys
 
 
 def fails(
@@ -58,21 +61,15 @@ def test_the_manifest_tells_where_the_bundle_comes_from(built: Path) -> None:
 def test_the_manifest_says_what_calibration_divided_the_logits_by(
     built: Path, tmp_path: Path
 ) -> None:
-    def temperature(models: Path) -> object:
-        manifest = json.loads((models / "digits" / "1" / "manifest.json").read_text())
-        return manifest["provenance"]["temperature"]
+    def temperature(bundle: Path) -> object:
+        return json.loads((bundle / "manifest.json").read_text())["provenance"]["temperature"]
 
-    assert temperature(built / "models") is None
-    folder = str(tmp_path / "digits")
-    small = ["--hidden", "8", "--epochs", "3", "--calibrate"]
-    for command in (
-        ["model", "train", "--data", "digits", "--out", folder, *small],
-        ["export", folder, "--models", str(tmp_path / "models")],
-    ):
-        done = run(*command)
-        assert done.returncode == 0, done.stderr
-    saved = json.loads((tmp_path / "digits" / "checkpoint.json").read_text())["temperature"]
-    assert temperature(tmp_path / "models") == saved
+    assert temperature(built / "models" / "digits" / "1") is None
+    classes = toys.noisy_classes(200)
+    how = TrainingConfig(epochs=3, calibrate=True)
+    train_and_export(classes, toys.config(classes), how, tmp_path, "toy")
+    saved = checkpoint.load(tmp_path / "runs" / "toy").temperature
+    assert temperature(tmp_path / "models" / "toy" / "1") == saved
     assert saved not in (None, 1.0)
 
 
