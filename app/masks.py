@@ -16,8 +16,10 @@ unit is kept in (1-p)n of the passes: in just so many where that is a whole numb
 the two numbers next to it, at random and right on average. That is what a Latin hypercube over the
 n uniforms of a unit gives (McKay, Beckman and Conover 1979; Stein 1987), units and replicates
 independent of each other; what the masks do to an output one by one cancels, and only what they do
-in concert is left to chance. Every pass alone is an ordinary draw: p is met within 2^-15. One
-stream serves all sites, a number for each unit and replicate: it picks the column of n bits.
+in concert is left to chance. Passes that are left over make a shorter replicate of their own, so
+the first passes of more are the same up to whole replicates. Every pass alone is an ordinary draw:
+p is met within 2^-15. One stream serves all sites, a number for each unit and replicate: it picks
+the column of n bits.
 """
 
 import math
@@ -108,48 +110,82 @@ class MaskStream:
 
 
 class StratifiedStream(MaskStream):
-    """The stratified masks of one seed, for the sites of one model; see the module."""
+    """The stratified masks of some passes; see the module.
 
-    def __init__(self, seed: int, sites: Sequence[DropoutSite]) -> None:
+    Parameters
+    ----------
+    seed, sites
+        As of a ``MaskStream``.
+    passes
+        How many there are at most, which settles where a shorter replicate stands.
+    """
+
+    def __init__(self, seed: int, sites: Sequence[DropoutSite], passes: int) -> None:
         super().__init__(seed, sites)
-        units = tuple(math.prod(site.mask_shape) for site in sites)
-        self.plan = plan(tuple(site.p for site in sites), units)
-        self.replicate = self.plan.replicate
+        self.ps = tuple(site.p for site in sites)
+        self.units = tuple(math.prod(site.mask_shape) for site in sites)
+        self.replicate = replicate_length(self.ps)
+        # Where the shorter replicate begins and ends.
+        self.whole, self.passes = passes - passes % self.replicate, passes
 
     def draw(self, rows: range, passes: range) -> dict[str, NDArray[np.bool_]]:
         """Draw the masks of some passes of some rows; see ``MaskStream.draw``."""
-        length = self.replicate
-        turns = range(passes.start // length, -(-passes.stop // length))
-        drawn = self.numbers(0, rows, turns, self.plan.units)
-        if len(self.plan.spans) == 1:
-            columns = self.plan.spans[0][0].take(drawn)
+        if passes.stop <= self.whole:
+            return self.draw_replicates(rows, passes, 0, self.replicate)
+        last = range(max(passes.start, self.whole), passes.stop)
+        of_last = self.draw_replicates(rows, last, self.whole, self.passes - self.whole)
+        if passes.start >= self.whole:
+            return of_last
+        first = range(passes.start, self.whole)
+        of_first = self.draw_replicates(rows, first, 0, self.replicate)
+        return {
+            name: np.concatenate(
+                [
+                    masks.reshape(len(rows), -1, *masks.shape[1:])
+                    for masks in (of_first[name], of_last[name])
+                ],
+                axis=1,
+            ).reshape(-1, *of_last[name].shape[1:])
+            for name in of_last
+        }
+
+    def draw_replicates(
+        self, rows: range, passes: range, start: int, length: int
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Draw passes of replicates of some ``length``, the first of which is at pass ``start``."""
+        plan = planned(self.ps, self.units, length)
+        before = start // self.replicate
+        turns = range(
+            before + (passes.start - start) // length, before - -(passes.stop - start) // length
+        )
+        drawn = self.numbers(0, rows, turns, plan.units)
+        if len(plan.spans) == 1:
+            columns = plan.spans[0][0].take(drawn)
         else:
-            parts = [pool.take(drawn[:, start:stop]) for pool, start, stop in self.plan.spans]
+            parts = [pool.take(drawn[:, first:end]) for pool, first, end in plan.spans]
             columns = np.concatenate(parts, axis=1)
         # Pass by pass, as numpy is fast along long rows.
-        picked = columns & self.plan.bits  # [n, rows x turns, units of all sites]
+        picked = columns & plan.bits  # [n, rows x turns, units of all sites]
         whole = len(turns) * length == len(passes)
         masks = {}
-        for site, (start, stop) in zip(self.sites, self.plan.places, strict=True):
-            kept = np.empty((len(columns), length, stop - start), np.bool_)
-            np.not_equal(picked[..., start:stop].swapaxes(0, 1), 0, out=kept)
+        for site, (first, end) in zip(self.sites, plan.places, strict=True):
+            kept = np.empty((len(columns), length, end - first), np.bool_)
+            np.not_equal(picked[..., first:end].swapaxes(0, 1), 0, out=kept)
             if not whole:
-                by_row = kept.reshape(len(rows), len(turns) * length, stop - start)
-                skipped = passes.start - turns.start * length
+                by_row = kept.reshape(len(rows), len(turns) * length, end - first)
+                skipped = passes.start - start - (turns.start - before) * length
                 kept = np.ascontiguousarray(by_row[:, skipped : skipped + len(passes)])
             masks[site.mask_input] = kept.reshape(-1, *site.mask_shape)
         return masks
 
 
 class Plan(NamedTuple):
-    """How the stratified masks of some sites are drawn.
+    """How replicates of n passes of some sites are drawn.
 
     Parameters
     ----------
-    replicate
-        Passes of a replicate, n.
     bits
-        The bit of each of its passes, ``[n, 1, 1]``.
+        The bit of each pass, ``[n, 1, 1]``.
     units
         Of all sites.
     places
@@ -159,7 +195,6 @@ class Plan(NamedTuple):
         neighbouring sites of the same p together.
     """
 
-    replicate: int
     bits: NDArray[np.unsignedinteger]
     units: int
     places: tuple[tuple[int, int], ...]
@@ -167,23 +202,25 @@ class Plan(NamedTuple):
 
 
 @lru_cache
-def plan(ps: tuple[float, ...], units: tuple[int, ...]) -> Plan:
-    """Plan the masks of sites of some ``ps`` and ``units``."""
-    length = replicate_length(ps)
+def planned(ps: tuple[float, ...], units: tuple[int, ...], length: int) -> Plan:
+    """Plan replicates of so many passes, of sites of some ``ps`` and ``units``."""
     bits = 1 << np.arange(length).reshape(-1, 1, 1)
     spans, end = [], 0
     for p, alike in groupby(zip(ps, units, strict=True), lambda pair: pair[0]):
         start, end = end, end + sum(count for _, count in alike)
         spans.append((pool(p, length), start, end))
     places = tuple(pairwise(accumulate(units, initial=0)))
-    return Plan(length, bits.astype(column_type(length)), end, places, tuple(spans))
+    return Plan(bits.astype(column_type(length)), end, places, tuple(spans))
 
 
-def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite]) -> MaskStream:
-    """Return the masks of a kind."""
-    return StratifiedStream(seed, sites) if kind == "stratified" else MaskStream(seed, sites)
+def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite], passes: int) -> MaskStream:
+    """Return the masks of a kind, of so many passes at most."""
+    if kind == "stratified":
+        return StratifiedStream(seed, sites, passes)
+    return MaskStream(seed, sites)
 
 
+@lru_cache
 def replicate_length(ps: tuple[float, ...]) -> int:
     """Return the length of a replicate for which as little as can be is left to rounding.
 

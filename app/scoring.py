@@ -136,7 +136,7 @@ class Scorer:
     def answer(self, x: NDArray[np.float32], first: int, passes: int) -> pa.Table:
         """Run some passes of rows ``x [B, *shape]``, and say what they say."""
         task = self.task
-        stream = masks.stream(task.masks, task.seed, self.manifest.sites)
+        stream = masks.stream(task.masks, task.seed, self.manifest.sites, passes)
         groups = []
         for some in runs.pieces(len(x), max(1, self.most // passes)):
             rows = range(first + some.start, first + some.stop)

@@ -255,7 +255,7 @@ class Service:
             conformal.check(model.manifest, query.coverage)
         yield Admit(model, len(query.inputs), query.passes)
         seed = secrets.randbits(SEED_BITS) if query.seed is None else query.seed
-        return model, masks.stream(query.masks, seed, model.manifest.sites)
+        return model, masks.stream(query.masks, seed, model.manifest.sites, query.passes)
 
     def check_passes(self, rows: int, passes: int) -> None:
         """Raise InputError if a request asks for too much."""

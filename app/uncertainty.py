@@ -143,8 +143,8 @@ def replicated_error(
     error of the mean in units of it follows Student's t of R - 1 degrees of freedom, whose variance
     is (R - 1) / (R - 3): so divided, units of it mean what one expects of a standard error.
 
-    Three replicates cannot tell. Stratified masks raise the variance of no mean by more than
-    n / (n - 1), n passes a replicate, so then it is what independent masks have, with this factor.
+    Three replicates cannot tell. Stratified masks raise the variance of no replicate's mean by more
+    than n / (n - 1), so then it is what independent masks have, with what that makes of all passes.
 
     Parameters
     ----------
@@ -157,12 +157,16 @@ def replicated_error(
     replicate
         Passes of a replicate; the last one may be shorter.
     """
-    bound: Floats = std * math.sqrt(replicate / (replicate - 1) / passes)
     replicates = len(sums)
+    last = passes - (replicates - 1) * replicate
+    lengths = [*[replicate] * (replicates - 1), last]
+    # A replicate of one pass is an ordinary pass.
+    raised = sum(n * n / max(1, n - 1) for n in lengths) / passes
+    bound: Floats = std * math.sqrt(raised / passes)
     if replicates <= 3:
         return bound
     squares = sums * sums / replicate
-    squares[-1] *= replicate / (passes - (replicates - 1) * replicate)
+    squares[-1] *= replicate / last
     error = np.sqrt(np.add.reduce(squares) / ((replicates - 3) * passes))
     # Where an output is linear in the masks, nothing is left but the rounding of its passes.
     rounding = EPSILON * np.hypot(mean, std)

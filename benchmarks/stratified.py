@@ -143,7 +143,8 @@ def costs() -> list[timing.Row]:
     for count in COST_ROWS:
         passes = range(COST_PASSES)
         masks: dict[str, Callable[[], object]] = {
-            kind: partial(stream(kind, 7, sites).draw, range(count), passes) for kind in KINDS
+            kind: partial(stream(kind, 7, sites, COST_PASSES).draw, range(count), passes)
+            for kind in KINDS
         }
         queries: dict[str, Callable[[], object]] = {
             kind: partial(service.uncertainty, Query(x[:count], name, 1, COST_PASSES, 7, 0.9, kind))

@@ -55,12 +55,12 @@ def test_the_mean_is_within_its_standard_error_of_the_exact_one_as_often_as_that
     share = float(np.mean(covered))
     assert share > NOMINAL - TOLERANCE
     # Of a site alone stratified masks leave so little that other things count: with values, which
-    # are linear in them, the bound on rounding; else the half replicate that 175 passes end with.
+    # are linear in them, the bound on rounding; else the count of 3.5 of the last 5 passes of 175.
     if kind == "independent" or "two" in name:
         assert share < NOMINAL + TOLERANCE
 
 
-@pytest.mark.parametrize("passes", [50, 100, 200])
+@pytest.mark.parametrize("passes", [50, 100, 175])
 @pytest.mark.parametrize("p", [0.5, 0.2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_it_is_of_what_masks_do_in_pairs_alone_which_no_stratification_takes_away(
@@ -71,10 +71,11 @@ def test_so_it_is_of_what_masks_do_in_pairs_alone_which_no_stratification_takes_
     site = DropoutSite(
         name="s", p=p, scaling="classic", mask_input="m", mask_shape=(2 * pairs,), folded=True
     )
-    kept = masks.stream(kind, 3, [site]).draw(range(rows), range(passes))["m"]
+    stream = masks.stream(kind, 3, [site], passes)
+    kept = stream.draw(range(rows), range(passes))["m"]
     centred = kept.reshape(rows, passes, pairs, 2) - (1 - p)
     samples = centred.prod(axis=3).sum(axis=2).T[..., None].astype(np.float32)  # [T, B, 1]
-    m = uncertainty.moments(samples, masks.stream(kind, 3, [site]).replicate)
+    m = uncertainty.moments(samples, stream.replicate)
     share = float((np.abs(m.mean) <= 1.96 * m.standard_error).mean())
     # 4,000 rows: three standard errors are 0.010; the rest is for few replicates, and skew.
     assert abs(share - NOMINAL) < 0.018

@@ -32,12 +32,14 @@ INPUTS = ("mask.a", "mask.b", "mask.c")
 def test_fewer_passes_are_the_first_of_more(
     kind: Kind, seed: int, rows: int, passes: int, more: int
 ) -> None:
-    stream = masks.stream(kind, seed, SITES)
-    few = stream.draw(range(rows), range(passes))
-    many = stream.draw(range(rows), range(passes + more))
+    few = masks.stream(kind, seed, SITES, passes).draw(range(rows), range(passes))
+    many = masks.stream(kind, seed, SITES, passes + more).draw(range(rows), range(passes + more))
+    # Up to whole replicates, of ten passes here.
+    same = passes if kind == "independent" or more == 0 else passes - passes % 10
     for name in INPUTS:
-        by_row = many[name].reshape(rows, passes + more, *few[name].shape[1:])
-        assert np.array_equal(few[name], by_row[:, :passes].reshape(few[name].shape))
+        few_by_row = few[name].reshape(rows, passes, *few[name].shape[1:])
+        many_by_row = many[name].reshape(rows, passes + more, *few[name].shape[1:])
+        assert np.array_equal(few_by_row[:, :same], many_by_row[:, :same])
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -45,12 +47,12 @@ def test_fewer_passes_are_the_first_of_more(
 def test_rows_and_passes_drawn_in_pieces_are_those_drawn_at_once(
     kind: Kind, seed: int, rows: int, passes: int, data: st.DataObject
 ) -> None:
-    stream = masks.stream(kind, seed, SITES)
+    stream = masks.stream(kind, seed, SITES, passes)
     whole = stream.draw(range(rows), range(passes))
     row = data.draw(st.integers(0, rows - 1))
     cut = data.draw(st.integers(1, passes - 1))
     # Another stream of the same seed, drawing in another order.
-    other = masks.stream(kind, seed, SITES)
+    other = masks.stream(kind, seed, SITES, passes)
     second = other.draw(range(row, row + 1), range(cut, passes))
     first = other.draw(range(row, row + 1), range(cut))
     for name in INPUTS:
@@ -66,7 +68,7 @@ def test_rows_and_passes_drawn_in_pieces_are_those_drawn_at_once(
     ],
 )
 def test_the_masks_of_a_seed_are_the_same_today_and_tomorrow(kind: Kind, digest: str) -> None:
-    drawn = masks.stream(kind, 7, SITES).draw(range(3), range(20))
+    drawn = masks.stream(kind, 7, SITES, 20).draw(range(3), range(20))
     content = b"".join(np.packbits(drawn[name]).tobytes() for name in INPUTS)
     assert hashlib.sha256(content).hexdigest() == digest
 
@@ -86,7 +88,7 @@ def test_a_unit_is_kept_by_the_16_bits_that_the_documented_counter_gives_it() ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_have_the_shape_of_their_site_and_are_boolean(kind: Kind) -> None:
-    drawn = masks.stream(kind, 0, SITES).draw(range(2), range(3))
+    drawn = masks.stream(kind, 0, SITES, 3).draw(range(2), range(3))
     assert [drawn[name].shape for name in INPUTS] == [(6, 50), (6, 4, 1, 1), (6, 256)]
     assert {drawn[name].dtype for name in INPUTS} == {np.dtype(bool)}
     assert all(drawn[name].flags.c_contiguous for name in INPUTS)
@@ -97,7 +99,7 @@ def test_masks_have_the_shape_of_their_site_and_are_boolean(kind: Kind) -> None:
 def test_the_share_of_kept_units_is_1_minus_p_within_four_standard_errors(
     kind: Kind, p: float
 ) -> None:
-    kept = masks.stream(kind, 1, [site(p, 1000)]).draw(range(10), range(100))["mask.s"]
+    kept = masks.stream(kind, 1, [site(p, 1000)], 100).draw(range(10), range(100))["mask.s"]
     assert abs(kept.mean() - (1 - p)) < 4 * np.sqrt(p * (1 - p) / kept.size)
 
 
@@ -116,7 +118,7 @@ def test_passes_rows_sites_and_seeds_are_independent(kind: Kind) -> None:
     sites = (site(0.5, units, name="a"), site(0.5, units, name="b"))
     drawn = []
     for seed in (0, 1, 2**62):
-        stream = masks.stream(kind, seed, sites)
+        stream = masks.stream(kind, seed, sites, 20)
         # Stratified masks are so from one replicate, of ten passes here, to the next.
         for one_pass in (0, 10):
             drawn.append(stream.draw(range(2), range(one_pass, one_pass + 1)))
@@ -128,12 +130,12 @@ def test_passes_rows_sites_and_seeds_are_independent(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_p_0_keeps_every_unit(kind: Kind) -> None:
-    assert masks.stream(kind, 3, [site(0.0, 64)]).draw(range(4), range(64))["mask.s"].all()
+    assert masks.stream(kind, 3, [site(0.0, 64)], 64).draw(range(4), range(64))["mask.s"].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_p_next_to_1_drops_nearly_every_unit(kind: Kind) -> None:
-    kept = masks.stream(kind, 3, [site(1 - 1e-12, 1000)]).draw(range(10), range(100))["mask.s"]
+    kept = masks.stream(kind, 3, [site(1 - 1e-12, 1000)], 100).draw(range(10), range(100))["mask.s"]
     # 16 bits a unit: one of 65,536 is kept, 15 of a million, give or take four times 3.9.
     assert kept.sum() < 15.3 + 4 * 3.9
 
@@ -141,7 +143,7 @@ def test_p_next_to_1_drops_nearly_every_unit(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_any_seed_in_range_gives_masks_that_differ_by_pass(kind: Kind, seed: int) -> None:
-    drawn = masks.stream(kind, seed, [site(0.5, 256)]).draw(range(1), range(50))["mask.s"]
+    drawn = masks.stream(kind, seed, [site(0.5, 256)], 50).draw(range(1), range(50))["mask.s"]
     assert len(np.unique(drawn, axis=0)) == 50
 
 
@@ -160,7 +162,7 @@ REPLICATES = {
 @pytest.mark.parametrize("p", REPLICATES)
 def test_a_replicate_keeps_each_unit_in_as_many_passes_as_it_should(p: float) -> None:
     length, counts = REPLICATES[p]
-    stream = StratifiedStream(5, [site(p, 300)])
+    stream = StratifiedStream(5, [site(p, 300)], 5 * length)
     assert stream.replicate == length
     kept = stream.draw(range(20), range(5 * length))["mask.s"].reshape(20, 5, length, 300)
     found = kept.sum(axis=2)
@@ -172,11 +174,30 @@ def test_a_replicate_keeps_each_unit_in_as_many_passes_as_it_should(p: float) ->
 
 
 def test_sites_of_several_p_share_the_length_that_leaves_least() -> None:
-    stream = StratifiedStream(5, [site(0.5, 40, name="a"), site(0.05, 30, name="b")])
+    stream = StratifiedStream(5, [site(0.5, 40, name="a"), site(0.05, 30, name="b")], 40)
     assert stream.replicate == 20
     drawn = stream.draw(range(3), range(40))
     assert set(drawn["mask.a"].reshape(6, 20, 40).sum(axis=1).ravel()) == {10}
     assert set(drawn["mask.b"].reshape(6, 20, 30).sum(axis=1).ravel()) == {19}
+
+
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.05, 0.25, 0.01])
+@pytest.mark.parametrize("passes", [1, 2, 7, 25, 30, 64, 113])
+def test_of_any_number_of_passes_a_unit_is_kept_in_as_many_as_it_should(
+    p: float, passes: int
+) -> None:
+    """In the next number below or above, where a replicate keeps as many as it should."""
+    stream = StratifiedStream(6, [site(p, 500)], passes)
+    kept = stream.draw(range(20), range(passes))["mask.s"].reshape(20, passes, 500)
+    counts = kept.sum(axis=1)
+    exact = (1 - p) * passes
+    if p != 0.01:
+        assert counts.min() >= np.floor(exact - 1e-9)
+        assert counts.max() <= np.ceil(exact + 1e-9)
+    # 10,000 units, and every pass on its own: right on average within four standard errors.
+    assert abs(counts.mean() - exact) < 4 * np.sqrt(p * (1 - p) * passes / 10_000) + 1e-9
+    shares = kept.mean(axis=(0, 2))
+    assert np.abs(shares - (1 - p)).max() < 4.5 * np.sqrt(p * (1 - p) / 10_000)
 
 
 @pytest.mark.parametrize("p", REPLICATES)
@@ -203,7 +224,7 @@ def test_columns_drawn_alike_keep_each_pass_with_1_minus_p_and_pairs_as_a_shuffl
 def test_a_stratified_pass_alone_is_an_ordinary_draw() -> None:
     """Each unit has its share in every pass, and the units of a pass are independent."""
     rows, units = 4000, 24
-    stream = StratifiedStream(2, [site(0.3, units)])
+    stream = StratifiedStream(2, [site(0.3, units)], 10)
     kept = stream.draw(range(rows), range(10))["mask.s"].reshape(rows, 10, units)
     # 240 shares, and 2,760 correlations: 5 standard errors leave a chance of 1 in 500 for any.
     assert np.abs(kept.mean(axis=0) - 0.7).max() < 5 * np.sqrt(0.21 / rows)
@@ -214,7 +235,7 @@ def test_a_stratified_pass_alone_is_an_ordinary_draw() -> None:
 
 def test_the_counts_of_two_passes_of_a_replicate_are_those_of_a_shuffle() -> None:
     rows, units = 500, 400
-    stream = StratifiedStream(3, [site(0.5, units)])
+    stream = StratifiedStream(3, [site(0.5, units)], 10)
     kept = stream.draw(range(rows), range(10))["mask.s"].reshape(rows, 10, units)
     both = (kept[:, 0] & kept[:, 7]).mean()
     # 5/10 x 4/9, where independent masks have a quarter.
@@ -225,7 +246,7 @@ def test_units_of_a_replicate_are_independent_of_each_other() -> None:
     """Which passes keep one unit tells nothing of which keep another, at its site or the next."""
     rows = 20_000
     sites = [site(0.5, 2, name="a"), site(0.5, 1, name="b")]
-    drawn = StratifiedStream(4, sites).draw(range(rows), range(10))
+    drawn = StratifiedStream(4, sites, 10).draw(range(rows), range(10))
     a = drawn["mask.a"].reshape(rows, 10, 2)
     b = drawn["mask.b"].reshape(rows, 10)
     for one, other in ((a[..., 0], a[..., 1]), (a[..., 0], b)):
