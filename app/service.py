@@ -333,8 +333,9 @@ def describe(
         "interval": {"level": query.interval, "lower": interval.lower, "upper": interval.upper},
         "converged": None
         if query.tolerance is None
-        # That of a single pass is not known, so not a number, which compares to none.
-        else bool(moments.standard_error.max() <= query.tolerance),
+        # As Python's numbers, since no float32 is as large as a tolerance may be. That of a single
+        # pass is not known: no number, and so not within any.
+        else float(moments.standard_error.max()) <= query.tolerance,
     }
     answer |= vars(parts)
     if query.coverage is not None:

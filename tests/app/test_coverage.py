@@ -109,6 +109,16 @@ def test_to_look_whether_a_tolerance_is_reached_does_not_spoil_the_standard_erro
     assert np.mean(within_error) >= NOMINAL - (0.07 if rows == 1 else 0.035)
 
 
+@pytest.mark.parametrize(("tolerance", "converged"), [(1e308, True), (1e-308, False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tolerance_beyond_float32_is_one_like_any_other(
+    service: Service, tiny: Path, kind: Kind, tolerance: float, converged: bool
+) -> None:
+    known = exact(tiny, service, "classes-two-classic")
+    asked = {"passes": 60, "masks": kind, "tolerance": tolerance}
+    assert ask(service, "classes-two-classic", 1, known.x, **asked)["converged"] is converged
+
+
 @pytest.mark.parametrize("name", ["classes-two-classic", "values-two-classic"])
 def test_stratified_masks_leave_a_fraction_of_the_variance_of_the_mean(
     service: Service, tiny: Path, name: str
