@@ -254,23 +254,9 @@ def network(parts: Split, setting: Setting) -> NetworkConfig:
 
 def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder: Path) -> Engine:
     """Export a network, and load the bundle as the service does."""
-    x = parts.train.x
     run = folder / "run"
     run.mkdir()
-    checkpoint.save(
-        checkpoint.Checkpoint(
-            model=trained.model,
-            config=network(parts, setting),
-            holdout=parts.test,
-            feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
-            input_range=(float(x.min()), float(x.max())),
-            noise_std=trained.noise_std,
-            metrics=trained.metrics,
-            seed=seed,
-            packages=checkpoint.package_versions(),
-        ),
-        run,
-    )
+    checkpoint.save(checkpoint.of(trained, network(parts, setting), parts, seed), run)
     with redirect_stdout(io.StringIO()):
         export(run, folder / "models", parts.test.name)
     return load_engines(folder / "models", "cpu")[parts.test.name][1]

@@ -174,23 +174,7 @@ def train(args: argparse.Namespace) -> None:
         trained = training.train(config, parts, how, progress=True)
         if warning := double_scaling_warning(trained.model):
             print(f"warning: {warning}", file=sys.stderr)
-        x = parts.train.x
-        columns = x.reshape(len(x), -1) if x.ndim == 2 else x[:, :0].reshape(len(x), 0)
-        result = checkpoint.Checkpoint(
-            model=trained.model,
-            config=config,
-            holdout=parts.test,
-            feature_ranges=tuple(
-                zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True)
-            ),
-            input_range=(float(x.min()), float(x.max())),
-            noise_std=trained.noise_std,
-            metrics=trained.metrics,
-            seed=args.seed,
-            packages=checkpoint.package_versions(),
-            eval_noise_std=trained.eval_noise_std,
-            temperature=trained.temperature,
-        )
+        result = checkpoint.of(trained, config, parts, args.seed)
         checkpoint.save(result, output.staging)
         found = judge(result)
         plots.write_page(found, output.staging / "plots.png", trained.losses)

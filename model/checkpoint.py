@@ -22,8 +22,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model.datasets import Dataset
+from model.datasets import Dataset, Split
 from model.networks import Model, NetworkConfig
+from model.training import Trained
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "numpy", "scikit-learn")
@@ -66,6 +67,25 @@ class Checkpoint:
 def package_versions() -> dict[str, str]:
     """Return the versions a checkpoint records."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def of(trained: Trained, config: NetworkConfig, parts: Split, seed: int) -> Checkpoint:
+    """Put what training has left into a checkpoint."""
+    x = parts.train.x
+    columns = x if x.ndim == 2 else x[:, :0].reshape(len(x), 0)
+    return Checkpoint(
+        model=trained.model,
+        config=config,
+        holdout=parts.test,
+        feature_ranges=tuple(zip(columns.min(0).tolist(), columns.max(0).tolist(), strict=True)),
+        input_range=(float(x.min()), float(x.max())),
+        noise_std=trained.noise_std,
+        metrics=trained.metrics,
+        seed=seed,
+        packages=package_versions(),
+        eval_noise_std=trained.eval_noise_std,
+        temperature=trained.temperature,
+    )
 
 
 class Output:

@@ -19,25 +19,9 @@ def train_and_export(
     """Train a network into ``folder/runs``, and export it into ``folder/models``."""
     parts = datasets.split(dataset, how.seed)
     trained = training.train(network, parts, how, progress=False)
-    x = parts.train.x
     run = folder / "runs" / name
     run.mkdir(parents=True)
-    checkpoint.save(
-        checkpoint.Checkpoint(
-            model=trained.model,
-            config=network,
-            holdout=parts.test,
-            feature_ranges=tuple(zip(x.min(0).tolist(), x.max(0).tolist(), strict=True)),
-            input_range=(float(x.min()), float(x.max())),
-            noise_std=trained.noise_std,
-            metrics=trained.metrics,
-            seed=how.seed,
-            packages=checkpoint.package_versions(),
-            temperature=trained.temperature,
-            eval_noise_std=trained.eval_noise_std,
-        ),
-        run,
-    )
+    checkpoint.save(checkpoint.of(trained, network, parts, how.seed), run)
     export(run, folder / "models", name)
 
 
