@@ -158,16 +158,24 @@ class Model:
         """
         if tolerance is None:
             groups = yield from self.sample(inputs, stream, range(passes), None)
-            return uncertainty.side_by_side(runs.joined(groups, axis=1))
-        parts: list[Samples] = []
+            return (yield from self.together([groups]))
+        parts: list[list[Samples]] = []
         for some in looks(passes, stream.replicate):
-            groups = yield from self.sample(inputs, stream, some, None)
-            parts.append(runs.joined(groups, axis=1))
-            samples = uncertainty.side_by_side(runs.joined(parts))
+            parts.append((yield from self.sample(inputs, stream, some, None)))
+            samples = yield from self.together(parts)
             error = partial(runs.largest_error, self.manifest, samples, stream.replicate)
             if (yield from self.work(error, samples.size)) <= tolerance:
                 break
         return samples
+
+    def together(self, parts: list[list[Samples]]) -> Part:
+        """Put samples together: some passes after others, of each some rows after others."""
+
+        def joined() -> Samples:
+            by_pass = [runs.joined(groups, axis=1) for groups in parts]
+            return uncertainty.side_by_side(runs.joined(by_pass))
+
+        return (yield from self.work(joined, sum(g.size for groups in parts for g in groups)))
 
     def finish(self, samples: Samples, level: float, stream: MaskStream) -> Part:
         """Summarise samples."""
