@@ -14,6 +14,7 @@ DATA = ROOT / uci.DATA_DIR
 README = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS, TRIALS = uci.read()
 
+# The data are others' and not committed: where they are not, what needs them cannot be tested.
 with_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {uci.DATA_DIR}")
 every_set = pytest.mark.parametrize("name", gal2016.PAPER)
 
