@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from app.device import Device, open_session
 from app.errors import DeviceUnavailable
-from app.repository import Bundle
+from app.repository import Bundle, Examples
 from export.bundle import PREDICT, ROWS, STOCHASTIC, BundleError, Manifest
 
 ERRORS_ONLY = 3
@@ -27,6 +27,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, device: Device, threads: int = 1) -> None:
         self.manifest: Manifest = bundle.manifest
+        self.examples: Examples = bundle.examples
         rows = {self.manifest.input.name: self.manifest.input.shape}
         masks = {site.mask_input: site.mask_shape for site in self.manifest.sites}
         outputs = self.manifest.width

@@ -62,7 +62,8 @@ def load(place: Path, device: Device, threads: int) -> Engine:
     bundle = repository.read(place)
     engine = Engine(bundle, device, threads)
     stream = MaskStream(0, engine.manifest.sites)
-    trial = Draw(bundle.examples, stream, range(len(bundle.examples)), range(TRIAL_PASSES), 0.5)
+    inputs = engine.examples.inputs
+    trial = Draw(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
     for (outcome,) in (runs.predict(engine, [trial.inputs]), runs.draw(engine, [trial])):
         if isinstance(outcome, InputError):
             raise BundleError(f"it does not answer its own examples: {outcome}")

@@ -9,14 +9,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from app import graph_check
-from app.errors import StartError
+from app.errors import InputError, StartError
+from app.rows import rows_from_lists
 from export import bundle
 
 log = logging.getLogger(__name__)
+
+
+class Examples(NamedTuple):
+    """Real rows of input, and what they are."""
+
+    inputs: NDArray[np.float32]  # [E, *shape]
+    truths: list[object]  # a label each, or values; None where it is not known
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Bundle:
     manifest: bundle.Manifest
     predict: bytes
     stochastic: bytes
-    examples: list[object]  # rows of input
+    examples: Examples
 
 
 def places(models: Path) -> Iterator[Path]:
@@ -74,13 +85,27 @@ def read(place: Path) -> Bundle:
     predict, stochastic, text = (bundle.read_file(place, manifest, file) for file in bundle.FILES)
     graph_check.check(bundle.PREDICT, predict)
     graph_check.check(bundle.STOCHASTIC, stochastic)
+    return Bundle(manifest, predict, stochastic, read_examples(text, manifest))
+
+
+def read_examples(text: bytes, manifest: bundle.Manifest) -> Examples:
+    """Read a bundle's examples.
+
+    Raises
+    ------
+    BundleError
+        If there are none, or they are no rows of the model's input.
+    """
     try:
-        examples = [example["input"] for example in orjson.loads(text)]
-    except (orjson.JSONDecodeError, TypeError, KeyError):
+        examples = orjson.loads(text)
+        inputs = [example["input"] for example in examples]
+        truths = [example.get("truth") for example in examples]
+        rows = rows_from_lists(inputs, manifest.input.shape, len(inputs))
+    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError):
         raise bundle.BundleError(f"{bundle.EXAMPLES} is no list of inputs") from None
-    if not examples:
-        raise bundle.BundleError(f"{bundle.EXAMPLES} is empty")
-    return Bundle(manifest, predict, stochastic, examples)
+    except InputError as error:
+        raise bundle.BundleError(f"{bundle.EXAMPLES}: {error}") from None
+    return Examples(rows, truths)
 
 
 def read_manifest(place: Path) -> bundle.Manifest:

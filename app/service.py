@@ -238,6 +238,22 @@ class Service:
             ],
         }
 
+    def masks_steps(
+        self, name: str, version: int, passes: int, seed: int, kind: Kind
+    ) -> Steps[Answer]:
+        """Answer with the masks of the first pass, of so many, of the first row."""
+        model = self.models.find(name, version)
+        self.check_passes(1, passes)
+        yield Admit(model, 1, 1)
+        stream = masks.stream(kind, seed, model.manifest.sites, passes)
+        found = stream.draw(range(1), range(1))
+        return model.identity | {
+            "sites": [
+                {"name": site.name, "mask": found[site.mask_input][0].view(np.uint8)}
+                for site in model.manifest.sites
+            ],
+        }
+
     def state(self) -> Answer:
         """Say which versions of which models are served, and on what."""
         return {

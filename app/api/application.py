@@ -14,10 +14,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api import body, inference, management, openapi, problems, reply
+from app.api import body, console, inference, management, openapi, problems, reply
 from app.api.endpoint import CLIENT_LEFT, LONGEST_BODIES, Endpoint
 from app.api.gate import Gate, Headers
-from app.api.schemas import Alive, Live, PredictRequest, Readiness, Ready, UncertaintyRequest
+from app.api.schemas import (
+    Alive,
+    Live,
+    MasksRequest,
+    PredictRequest,
+    Readiness,
+    Ready,
+    UncertaintyRequest,
+)
 from app.errors import Overloaded
 from app.group import Group
 from app.keys import Scope as KeyScope
@@ -195,6 +203,11 @@ def create(
         """Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1."""
         return service.debug_steps(query(body.parse(headers, content, UncertaintyRequest)))
 
+    def masks(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
+        """Show the masks of a request's first pass. Off unless DROPSERVE_DEBUG=1."""
+        r = body.parse(headers, content, MasksRequest)
+        return service.masks_steps(r.model, r.version, r.passes, r.seed, r.masks)
+
     def infer(
         scope: Scope, headers: Headers, content: bytes | bytearray
     ) -> Steps[inference.Written]:
@@ -207,6 +220,7 @@ def create(
         "/predict": Endpoint("/predict", "predict", predict, json_reply, *made),
         "/uncertainty": Endpoint("/uncertainty", "predict", uncertainty, json_reply, *made),
         "/debug/mc": Endpoint("/debug/mc", "debug", debug_mc, json_reply, *made),
+        "/console/masks": Endpoint("/console/masks", "debug", masks, json_reply, *made),
     }
     inferring = Endpoint(INFER[0], "predict", infer, inference.write, *made)
 
@@ -244,7 +258,7 @@ def create(
     @rest.get("/health/live", response_model=Alive)
     async def live() -> Response:
         """Tell that the process answers."""
-        return json_response({"status": "alive"})
+        return reply.response({"status": "alive"})
 
     @rest.get("/health/ready", response_model=Ready)
     async def ready() -> Response:
@@ -254,17 +268,17 @@ def create(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the service is draining" if application.draining else "no model is served",
             )
-        return json_response({"status": "ready"} | service.state())
+        return reply.response({"status": "ready"} | service.state())
 
     @rest.get("/v2/health/live", response_model=Live)
     async def protocol_live() -> Response:
         """Tell that the server answers."""
-        return json_response({"live": True})
+        return reply.response({"live": True})
 
     @rest.get("/v2/health/ready", response_model=Readiness)
     async def protocol_ready() -> Response:
         """Tell that requests are taken."""
-        return json_response({"ready": ready_now()}, 200 if ready_now() else 503)
+        return reply.response({"ready": ready_now()}, 200 if ready_now() else 503)
 
     @rest.get("/metrics", dependencies=[guard(None)], response_class=Response)
     async def metrics() -> Response:
@@ -273,10 +287,13 @@ def create(
 
     rest.include_router(inference.router(service, guard("predict")))
     rest.include_router(management.router(service.models, group, guard("admin")))
+    files = console.Files()
+    rest.include_router(console.router(files, service, gate, guard("predict"), debug=debug))
     if not debug:
-        del endpoints["/debug/mc"]
+        del endpoints["/debug/mc"], endpoints["/console/masks"]
 
         @rest.post("/debug/mc", include_in_schema=False)
+        @rest.post("/console/masks", include_in_schema=False)
         async def debug_off() -> Response:
             raise HTTPException(
                 HTTPStatus.NOT_FOUND, "the debug endpoint is off; DROPSERVE_DEBUG=1 switches it on"
@@ -286,12 +303,8 @@ def create(
         Route(path, endpoint, methods=["POST"])
         for path, endpoint in (endpoints | dict.fromkeys(INFER, inferring)).items()
     ]
+    rest.mount("/console", files)
     return application
-
-
-def json_response(answer: Answer, status: int = 200) -> Response:
-    """Write a small answer."""
-    return Response(orjson.dumps(answer), status, media_type="application/json")
 
 
 def json_reply(answer: Answer) -> reply.Reply:

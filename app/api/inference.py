@@ -65,10 +65,15 @@ class Written(NamedTuple):
 
 def target(name: str, version: str | None) -> Target:
     """Read a model's name and version as they stand in a path."""
-    if version is not None and not re.fullmatch("[0-9]{1,9}", version):
-        raise UnknownModel(f"no version {version[:20]!r}: versions are whole numbers")
-    number = None if version is None else int(version)
+    number = None if version is None else version_number(version)
     return Target(name.removesuffix(MC), number, name.endswith(MC))
+
+
+def version_number(version: str) -> int:
+    """Read a version as it stands in a path."""
+    if not re.fullmatch("[0-9]{1,9}", version):
+        raise UnknownModel(f"no version {version[:20]!r}: versions are whole numbers")
+    return int(version)
 
 
 def infer(

@@ -1,7 +1,10 @@
 """An answer, ready to be sent."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import orjson
+from starlette.responses import Response
 from starlette.types import Send
 
 JSON = b"application/json"
@@ -18,6 +21,12 @@ class Reply(NamedTuple):
 def json(status: int, content: bytes) -> Reply:
     """Answer with a JSON document."""
     return Reply(status, content, [(b"content-type", JSON)])
+
+
+def response(answer: Mapping[str, object], status: int = 200) -> Response:
+    """Answer a request that is for no endpoint; the answer may hold arrays."""
+    content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, media_type="application/json")
 
 
 def named(reply: Reply, name: str) -> Reply:

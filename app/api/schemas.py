@@ -73,6 +73,16 @@ class UncertaintyRequest(PredictRequest):
     )
 
 
+class MasksRequest(Document):
+    """Whose masks the console shows: fields as of the request that they were drawn for."""
+
+    model: str
+    version: int = Field(ge=1)
+    passes: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
+    masks: Kind
+
+
 class ClassPrediction(Document):
     """Eval-mode answer of a classification model."""
 

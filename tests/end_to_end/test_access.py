@@ -12,6 +12,7 @@ BODY = {"inputs": [[0.0] * 64], "model": "digits"}
 PROTOCOL_BODY = {
     "inputs": [{"name": "x", "shape": [1, 64], "datatype": "FP32", "data": [0.0] * 64}]
 }
+MASKS_BODY = {"model": "digits", "version": 1, "passes": 1, "seed": 7, "masks": "independent"}
 SCOPES = ("predict", "debug", "admin")
 # What needs which scope; None: any key will do.
 ROUTES: dict[tuple[str, str], str | None] = {
@@ -27,9 +28,14 @@ ROUTES: dict[tuple[str, str], str | None] = {
     ("GET", "/v2/models/digits/ready"): "predict",
     ("POST", "/v2/repository/index"): "admin",
     ("POST", "/v2/repository/models/digits/load"): "admin",
+    ("GET", "/console/models/digits/versions/1"): "predict",
+    ("POST", "/console/masks"): "debug",
     ("GET", "/metrics"): None,
 }
-OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/docs")
+OPEN = (
+    *("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/docs"),
+    *("/", "/console/main.js", "/console/service"),
+)
 
 
 def new_key(file: Path, *scopes: str) -> str:
@@ -56,9 +62,11 @@ def locked(built: Path, keys: dict[str, str]) -> Iterator[httpx.Client]:
 
 def ask(client: httpx.Client, route: tuple[str, str], **headers: str) -> httpx.Response:
     method, path = route
-    body = PROTOCOL_BODY if path.endswith("/infer") else BODY
+    body: object = PROTOCOL_BODY if path.endswith("/infer") else BODY
     if path.startswith("/v2/repository"):
         body = {}
+    if path == "/console/masks":
+        body = MASKS_BODY
     return client.request(method, path, json=body if method == "POST" else None, headers=headers)
 
 
@@ -81,7 +89,7 @@ def test_a_route_answers_with_a_key_of_its_scope_alone(
 
 
 @pytest.mark.parametrize("path", OPEN)
-def test_probes_and_documentation_need_no_key(locked: httpx.Client, path: str) -> None:
+def test_probes_documentation_and_the_page_need_no_key(locked: httpx.Client, path: str) -> None:
     assert locked.get(path).status_code == 200
 
 

@@ -1,0 +1,185 @@
+// Elements, numbers as people read them, and the strip of dots.
+
+const REVEAL_MS = 700;
+const DOT_RADIUS = 2;
+// The fractional part of its multiples is spread evenly, however many there are (Weyl 1916).
+const GOLDEN = 0.6180339887498949;
+
+/**
+ * Make an element. What others have named is set as text, never read as HTML.
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag
+ * @param {Object<string, any>} properties attributes; with "class", and "aria-..."
+ * @param {(Node | string)[]} children
+ * @returns {HTMLElementTagNameMap[T]}
+ */
+export function el(tag, properties = {}, ...children) {
+	const made = document.createElement(tag);
+	for (const [name, value] of Object.entries(properties)) made.setAttribute(name, String(value));
+	made.append(...children);
+	return made;
+}
+
+/**
+ * The element of the page with an id.
+ * @param {string} id
+ */
+export function byId(id) {
+	return /** @type {HTMLElement} */ (document.getElementById(id));
+}
+
+/**
+ * Put a copy of a template in the place of an element's content.
+ * @param {string} id the element's
+ * @param {string} template
+ */
+export function fill(id, template) {
+	const { content } = /** @type {HTMLTemplateElement} */ (byId(template));
+	byId(id).replaceChildren(content.cloneNode(true));
+}
+
+/**
+ * What draws on a canvas.
+ * @param {HTMLCanvasElement} canvas
+ */
+export function context(canvas) {
+	// Read back is but what the network is shown; nothing drawn here is better kept on a GPU.
+	return /** @type {CanvasRenderingContext2D} */ (
+		canvas.getContext("2d", { willReadFrequently: true })
+	);
+}
+
+/**
+ * Put an element at a place along its parent.
+ * @param {HTMLElement} element
+ * @param {number} from share of the width
+ * @param {number} [to] where it ends, if it has a length
+ */
+export function place(element, from, to) {
+	element.style.left = `${100 * Math.min(1, Math.max(0, from))}%`;
+	if (to !== undefined)
+		element.style.width = `${100 * Math.max(0, Math.min(1, to) - Math.max(0, from))}%`;
+	return element;
+}
+
+/**
+ * The head of a table.
+ * @param {string[]} columns
+ */
+export function head(...columns) {
+	const cells = columns.map((text) => el("th", { scope: "col" }, text));
+	return el("thead", {}, el("tr", {}, ...cells));
+}
+
+/**
+ * List names and what they are; the first of each three is the class of its colour.
+ * @param {string[][]} rows
+ */
+export function terms(...rows) {
+	const items = rows.flatMap(([kind, name, value]) => [
+		el("dt", {}, kind ? el("span", { class: `key ${kind}` }) : "", name),
+		el("dd", {}, value),
+	]);
+	return el("dl", {}, ...items);
+}
+
+/**
+ * Write a number with three digits that count.
+ * @param {number | null | undefined} x
+ */
+export function number(x) {
+	if (x === null || x === undefined) return "unknown";
+	const plain = x === 0 || (Math.abs(x) >= 1e-3 && Math.abs(x) < 1e6);
+	return (plain ? String(Number(x.toPrecision(3))) : x.toExponential(1)).replaceAll("-", "−");
+}
+
+/**
+ * @param {number} count
+ */
+export function passes(count) {
+	return count === 1 ? "1 pass" : `${count} passes`;
+}
+
+/**
+ * Write a probability.
+ * @param {number} p
+ */
+export function share(p) {
+	return p > 0 && p < 0.0005 ? "< 0.001" : p.toFixed(3);
+}
+
+/**
+ * The z of which the share ``level`` of a normal distribution lies within -z and z.
+ *
+ * Winitzki (2008), A handy approximation for the error function and its inverse; off by 0.2 % at
+ * most, less than a pixel.
+ * @param {number} level
+ */
+export function normalReach(level) {
+	const a = 0.147;
+	const log = Math.log(1 - level * level);
+	const half = 2 / (Math.PI * a) + log / 2;
+	return Math.SQRT2 * Math.sqrt(Math.sqrt(half * half - log / a) - half);
+}
+
+/**
+ * Draw some number of passes one after the other, in less than a second; who wants no motion gets
+ * them at once.
+ * @param {number} count
+ * @param {boolean} atOnce
+ * @param {(from: number, to: number) => void} draw
+ * @returns {() => void} ends it
+ */
+export function reveal(count, atOnce, draw) {
+	if (atOnce || matchMedia("(prefers-reduced-motion: reduce)").matches) {
+		draw(0, count);
+		return () => {};
+	}
+	const begin = performance.now();
+	let shown = 0;
+	/** @param {number} now */
+	const step = (now) => {
+		const due = Math.min(count, Math.max(shown, Math.ceil((count * (now - begin)) / REVEAL_MS)));
+		draw(shown, due);
+		shown = due;
+		if (shown < count) frame = requestAnimationFrame(step);
+	};
+	let frame = requestAnimationFrame(step);
+	return () => cancelAnimationFrame(frame);
+}
+
+/** A canvas on which each pass is a dot: where along it is the value, the height means nothing. */
+export class Strip {
+	constructor() {
+		this.canvas = el("canvas", { class: "strip", "aria-hidden": "true" });
+		this.context = context(this.canvas);
+		this.width = 0;
+		this.height = 0;
+	}
+
+	/** Make it as large as it is shown; call once it is on the page. */
+	clear() {
+		const { clientWidth, clientHeight } = this.canvas;
+		const scale = devicePixelRatio;
+		this.canvas.width = clientWidth * scale;
+		this.canvas.height = clientHeight * scale;
+		this.context.scale(scale, scale);
+		this.context.fillStyle = getComputedStyle(this.canvas).color;
+		this.width = clientWidth - 2 * DOT_RADIUS;
+		this.height = clientHeight - 2 * DOT_RADIUS;
+	}
+
+	/**
+	 * @param {number} pass
+	 * @param {number} at share of the width
+	 * @param {number} count passes in all: many dots are fainter
+	 */
+	dot(pass, at, count) {
+		const { context, width, height } = this;
+		context.globalAlpha = Math.max(0.08, Math.min(0.7, 40 / count));
+		context.beginPath();
+		const x = DOT_RADIUS + Math.min(1, Math.max(0, at)) * width;
+		context.arc(x, DOT_RADIUS + ((pass * GOLDEN) % 1) * height, DOT_RADIUS, 0, 2 * Math.PI);
+		context.fill();
+	}
+}

@@ -1,0 +1,234 @@
+// Input of images: draw one, take an example, or something that should fool the network.
+
+import { byId, context, el, fill } from "./dom.js";
+import { Images } from "./pixels.js";
+import { coverage, fitted, trace } from "./strokes.js";
+
+/** @import { Model } from "./service.js" */
+/** @import { Point, Stroke } from "./strokes.js" */
+
+const SIDE = 256; // of the drawing area, in its own pixels
+const PEN_STEP = 1 / 32;
+/** @type {Stroke[]} An A. */
+const LETTER = [
+	[
+		[0.2, 0.9],
+		[0.5, 0.1],
+		[0.8, 0.9],
+	],
+	[
+		[0.32, 0.62],
+		[0.68, 0.62],
+	],
+];
+/** @type {Object<string, Point>} */
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+/** A drawing area; calls ``changed`` when the image is another. */
+export class Drawing {
+	/**
+	 * @param {Model} model
+	 * @param {() => void} changed
+	 */
+	constructor(model, changed) {
+		this.model = model;
+		this.images = new Images(model);
+		this.changed = changed;
+		/** @type {number[] | null} What is drawn on; null: paper, and what is drawn is fitted to it. */
+		this.base = null;
+		/** @type {Stroke[]} */
+		this.strokes = [];
+		/** @type {Point} Where the keyboard's pen is, and whether it is down. */
+		this.pen = [0.5, 0.5];
+		this.down = false;
+		this.tries = 0;
+		fill("input", "drawing-template");
+		const { rows, columns } = this.images;
+		this.canvas = /** @type {HTMLCanvasElement} */ (byId("drawing"));
+		this.canvas.width = Math.round((SIDE * columns) / rows);
+		this.canvas.height = SIDE;
+		this.seen = /** @type {HTMLCanvasElement} */ (byId("seen"));
+		byId("size").textContent = `It sees ${columns} × ${rows}`;
+		// What is ink on paper is turned round where the page is dark.
+		byId("input").classList.toggle("ink", this.images.channels < 3);
+		model.examples.forEach(({ truth }, i) => {
+			const picture = el("canvas", { class: "picture pixels", "aria-hidden": "true" });
+			this.images.show(picture, this.images.examples[i]);
+			const said = `Example ${truth === null ? i + 1 : `of ${truth}`}`;
+			this.button("examples", said, picture, () => this.take(i));
+		});
+		this.button("presets", "Blank", "Blank", () => this.put(null, "Nothing at all."));
+		this.button("presets", "Noise", "Noise", () =>
+			this.put(this.noise(), "Every pixel at random."),
+		);
+		this.button("presets", "Two overlaid", "Two overlaid", () => this.overlay());
+		this.button("presets", "A letter", "A letter", () =>
+			this.put(null, "An A, drawn like a digit.", LETTER),
+		);
+		this.listen();
+		this.take(0);
+	}
+
+	/** What is asked about. */
+	row() {
+		const { images, strokes, base } = this;
+		if (!strokes.length) return base ?? images.blank();
+		const { columns, rows, channels } = images;
+		const lines = base ? strokes : fitted(strokes, images.frame, columns / rows);
+		const plane = coverage(lines, columns, rows, images.frame.line).map((mark) =>
+			images.value(mark),
+		);
+		const drawn = Array.from({ length: channels }, () => plane).flat();
+		return base ? images.over(base, drawn) : drawn;
+	}
+
+	/**
+	 * @param {string} group
+	 * @param {string} name
+	 * @param {Node | string} content
+	 * @param {() => void} act
+	 */
+	button(group, name, content, act) {
+		const made = el("button", { type: "button", "aria-label": name, title: name }, content);
+		made.addEventListener("click", () => {
+			act();
+			this.changed();
+		});
+		byId(group).append(made);
+	}
+
+	/** @param {number} i */
+	take(i) {
+		const { truth } = this.model.examples[i];
+		this.put(
+			this.images.examples[i],
+			truth === null ? "" : `Truly: ${truth}. Draw on it to change it.`,
+		);
+	}
+
+	/** Two examples of different classes, each time two others, one over the other. */
+	overlay() {
+		const { examples } = this.model;
+		const first = this.tries++ % examples.length;
+		const others = examples.map((_, i) => (first + 5 + i) % examples.length);
+		const second =
+			others.find((i) => String(examples[i].truth) !== String(examples[first].truth)) ?? others[0];
+		const both = this.images.over(this.images.examples[first], this.images.examples[second]);
+		this.put(
+			both,
+			`A ${examples[first].truth} and a ${examples[second].truth}, one over the other.`,
+		);
+	}
+
+	/** Another each time, but the same whenever the page is loaded. */
+	noise() {
+		let state = ++this.tries;
+		return this.images.blank().map(() => {
+			// Lehmer's generator with the multiplier of Park and Miller (1988).
+			state = (48271 * state) % 2147483647;
+			return this.images.value(state / 2147483647);
+		});
+	}
+
+	/**
+	 * @param {number[] | null} base
+	 * @param {string} said
+	 * @param {Stroke[]} strokes
+	 */
+	put(base, said, strokes = []) {
+		this.base = base;
+		this.strokes = structuredClone(strokes);
+		this.down = false;
+		byId("truth").textContent = said;
+		this.refresh();
+	}
+
+	/** Show the drawing, and what the network sees of it. */
+	refresh() {
+		const pen = context(this.canvas);
+		const { width, height } = this.canvas;
+		pen.clearRect(0, 0, width, height);
+		if (this.base) {
+			const below = el("canvas");
+			this.images.show(below, this.base);
+			pen.imageSmoothingEnabled = false;
+			pen.drawImage(below, 0, 0, width, height);
+		} else {
+			pen.fillStyle = "#fff";
+			pen.fillRect(0, 0, width, height);
+		}
+		pen.strokeStyle = this.base ? "#0b62c4" : "#000";
+		trace(pen, this.strokes, this.images.frame.line);
+		if (document.activeElement === this.canvas && this.canvas.matches(":focus-visible")) {
+			pen.strokeStyle = this.down ? "#c4320b" : "#0b62c4";
+			pen.lineWidth = 3;
+			pen.beginPath();
+			pen.arc(this.pen[0] * width, this.pen[1] * height, 8, 0, 2 * Math.PI);
+			pen.stroke();
+		}
+		this.images.show(this.seen, this.row());
+	}
+
+	listen() {
+		const { canvas } = this;
+		const point = (/** @type {PointerEvent} */ event) => {
+			const box = canvas.getBoundingClientRect();
+			return /** @type {Point} */ ([
+				(event.clientX - box.left) / box.width,
+				(event.clientY - box.top) / box.height,
+			]);
+		};
+		canvas.addEventListener("pointerdown", (event) => {
+			if (event.button !== 0) return;
+			canvas.setPointerCapture(event.pointerId);
+			this.begin(point(event));
+		});
+		canvas.addEventListener("pointermove", (event) => {
+			if (!canvas.hasPointerCapture(event.pointerId)) return;
+			// Of a fast hand more is known than what is told by one event.
+			const steps = event.getCoalescedEvents?.() ?? [];
+			for (const each of steps.length ? steps : [event])
+				this.strokes[this.strokes.length - 1].push(point(each));
+			this.refresh();
+			this.changed();
+		});
+		canvas.addEventListener("keydown", (event) => this.move(event));
+		canvas.addEventListener("focus", () => this.refresh());
+		canvas.addEventListener("blur", () => this.refresh());
+	}
+
+	/** @param {Point} at */
+	begin(at) {
+		this.strokes.push([at]);
+		byId("truth").textContent = this.base ? "Drawn on." : "";
+		this.refresh();
+		this.changed();
+	}
+
+	/** @param {KeyboardEvent} event */
+	move(event) {
+		if (event.key === " ") {
+			this.down = !this.down;
+			if (this.down) this.begin([...this.pen]);
+		} else if (event.key in ARROWS) {
+			const [dx, dy] = ARROWS[event.key];
+			this.pen = [within(this.pen[0] + dx * PEN_STEP), within(this.pen[1] + dy * PEN_STEP)];
+			if (this.down) {
+				this.strokes[this.strokes.length - 1].push([...this.pen]);
+				this.changed();
+			}
+			this.refresh();
+		} else {
+			return;
+		}
+		event.preventDefault();
+		const [x, y] = this.pen.map((share) => Math.round(100 * share));
+		byId("pen").textContent =
+			`Pen ${this.down ? "down" : "up"}, ${x} % from the left, ${y} % from the top`;
+	}
+}
+
+/** @param {number} share */
+function within(share) {
+	return Math.min(1, Math.max(0, share));
+}

@@ -1,0 +1,193 @@
+// The page: what is asked, when, and where the answer is shown.
+
+import * as classes from "./classes.js";
+import { byId, el, passes } from "./dom.js";
+import { Drawing } from "./drawing.js";
+import * as dropout from "./dropout.js";
+import { about, ask, curl, describe, ServiceError, useKey } from "./service.js";
+import { TableInput } from "./table.js";
+import * as values from "./values.js";
+
+/** @import { About, Model } from "./service.js" */
+
+const PAUSE_MS = 120; // between a change and asking: a slider moves on
+const SEEDS = 2 ** 31;
+
+const picker = /** @type {HTMLSelectElement} */ (byId("model"));
+const controls = /** @type {HTMLFormElement} */ (byId("controls"));
+const line = /** @type {HTMLTextAreaElement} */ (byId("curl"));
+const main = /** @type {HTMLElement} */ (document.querySelector("main"));
+
+/** @type {About} */
+let service;
+/** @type {Model} */
+let model;
+/** @type {{row(): (number | string)[]}} What gives the row that is asked about. */
+let input;
+/** @type {AbortController | undefined} Of the request under way. */
+let asking;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let soon;
+/** @type {(() => void) | undefined} Ends what is still being drawn. */
+let stop;
+/** @type {(() => void) | undefined} Shows the last answer again. */
+let again;
+
+/** Find out what is served, and show the first model of it. */
+async function start() {
+	service = await about();
+	const choices = Object.entries(service.models).flatMap(([name, versions]) =>
+		[...versions].reverse().map((version) => ({ name, version })),
+	);
+	picker.replaceChildren(
+		...choices.map(({ name, version }) =>
+			el("option", { value: `${name} ${version}` }, `${name}, version ${version}`),
+		),
+	);
+	if (!choices.length) throw new ServiceError("No model is served.");
+	byId("key-form").hidden = !service.keys;
+	if (service.keys) byId("key").focus();
+	else await choose();
+}
+
+/** Show the model that is picked. */
+async function choose() {
+	const [name, version] = picker.value.split(" ");
+	// Whatever goes wrong, the page is not to show one model under the name of another.
+	main.hidden = true;
+	const picked = await describe(name, Number(version));
+	if (picker.value !== `${name} ${version}`) return;
+	model = picked;
+	main.hidden = false;
+	clearTimeout(soon);
+	const picture = model.input.features.length === 0 && [2, 3].includes(model.input.shape.length);
+	input = picture ? new Drawing(model, later) : new TableInput(model, later);
+	byId("no-passes").hidden = model.debug;
+	await show();
+}
+
+/** Ask, unless something else changes at once. */
+function later() {
+	clearTimeout(soon);
+	soon = setTimeout(guarded(show), PAUSE_MS);
+}
+
+/** Ask about what is put in, and show the answer. */
+async function show() {
+	clearTimeout(soon);
+	asking?.abort();
+	asking = new AbortController();
+	const { signal } = asking;
+	const who = { model: model.name, version: model.version };
+	const inputs = [input.row()];
+	const fields = Object.fromEntries(
+		["passes", "seed", "interval"]
+			.map((name) => [name, typed(control(name).value)])
+			.filter(([, value]) => value !== ""),
+	);
+	const body = { ...who, inputs, ...fields, masks: control("masks").value };
+	const path = model.debug ? "debug/mc" : "uncertainty";
+	line.value = curl(path, body);
+	byId("copied").textContent = "";
+	const begin = performance.now();
+	const answer = await ask(path, body, signal);
+	const took = performance.now() - begin;
+	let masks = null;
+	let deterministic;
+	if (model.debug) {
+		const { passes, seed } = answer;
+		masks = await ask("console/masks", { ...who, passes, seed, masks: body.masks }, signal);
+		[deterministic] = answer.deterministic;
+	} else {
+		const point = await ask("predict", { ...who, inputs }, signal);
+		[deterministic] = point.probabilities ?? point.values;
+	}
+	fail();
+	const kind = model.task === "classification" ? classes : values;
+	byId("headline").textContent = kind.headline(answer, model);
+	byId("answered-by").textContent =
+		`${answer.model}, version ${answer.version}, on ${service.device}: ${passes(answer.passes)}, ` +
+		`seed ${answer.seed}, answered in ${took.toFixed(1)} ms.`;
+	const draw = (/** @type {boolean} */ atOnce) => {
+		stop?.();
+		stop = kind.show(byId("answer"), answer, model, atOnce);
+		dropout.show(model, answer, deterministic, masks);
+	};
+	again = () => draw(true);
+	draw(false);
+}
+
+/** @param {string} name */
+function control(name) {
+	return /** @type {HTMLInputElement} */ (controls.elements.namedItem(name));
+}
+
+/**
+ * A number where it is one; else what was typed, for the service to say what is allowed.
+ * @param {string} text
+ */
+function typed(text) {
+	const trimmed = text.trim();
+	return trimmed === "" || Number.isNaN(Number(trimmed)) ? trimmed : Number(trimmed);
+}
+
+/**
+ * Say what went wrong; nothing, where nothing is given.
+ * @param {string} [text]
+ */
+function fail(text = "") {
+	const place = byId("error");
+	place.hidden = !text;
+	place.textContent = text;
+	// What is shown would not be the answer to what is asked.
+	byId("answers").hidden = Boolean(text);
+}
+
+/**
+ * Do something and say what goes wrong.
+ * @param {() => Promise<void>} act
+ */
+function guarded(act) {
+	return () =>
+		act().catch((error) => {
+			// Aborted for the sake of a newer request.
+			if (error.name === "AbortError") return;
+			if (!(error instanceof ServiceError)) throw error;
+			fail(error.message);
+			if (error.status === 401) byId("key").focus();
+		});
+}
+
+picker.addEventListener("change", guarded(choose));
+controls.addEventListener("submit", (event) => {
+	event.preventDefault();
+	guarded(show)();
+});
+controls.addEventListener("change", later);
+byId("new-seed").addEventListener("click", () => {
+	control("seed").value = String(Math.floor(SEEDS * Math.random()));
+	guarded(show)();
+});
+byId("key-form").addEventListener("submit", (event) => {
+	event.preventDefault();
+	useKey(/** @type {HTMLInputElement} */ (byId("key")).value);
+	guarded(choose)();
+});
+byId("copy").addEventListener("click", async () => {
+	try {
+		await navigator.clipboard.writeText(line.value);
+		byId("copied").textContent = "Copied.";
+	} catch {
+		// Browsers hand over the clipboard to pages over HTTPS and of this machine only.
+		line.select();
+		byId("copied").textContent = "Selected; copy it with your keyboard.";
+	}
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => again?.());
+let width = innerWidth;
+addEventListener("resize", () => {
+	// A phone's bar that comes and goes changes the height alone.
+	if (innerWidth !== width) again?.();
+	width = innerWidth;
+});
+guarded(start)();

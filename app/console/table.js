@@ -1,0 +1,108 @@
+// Input of a table: a field and a slider for each feature.
+
+import { byId, el, fill, place } from "./dom.js";
+
+/** @import { Example, Model } from "./service.js" */
+
+// How far beyond what it was trained on a slider goes, in lengths of that range: there a model
+// should become unsure.
+const BEYOND = 0.5;
+const STEPS = 200;
+
+/** A form of features; calls ``changed`` when one is. */
+export class TableInput {
+	/**
+	 * @param {Model} model
+	 * @param {() => void} changed
+	 */
+	constructor(model, changed) {
+		/** @type {HTMLInputElement[]} */
+		this.boxes = [];
+		/** @type {HTMLInputElement[]} */
+		this.sliders = [];
+		fill("input", "table-template");
+		const examples = /** @type {HTMLSelectElement} */ (byId("examples"));
+		examples.append(...model.examples.map((each, i) => el("option", { value: i }, said(each, i))));
+		examples.addEventListener("change", () => {
+			this.take(model.examples[Number(examples.value)]);
+			changed();
+		});
+		const rows = this.names(model).map((name, d) => this.feature(model, name, d, changed));
+		byId("features").append(...rows);
+		this.take(model.examples[0]);
+	}
+
+	/** @param {Model} model */
+	names({ input }) {
+		const count = input.shape.reduce((product, length) => product * length, 1);
+		return input.features.length
+			? input.features
+			: Array.from({ length: count }, (_, d) => `x${d}`);
+	}
+
+	/**
+	 * @param {Model} model
+	 * @param {string} name
+	 * @param {number} d
+	 * @param {() => void} changed
+	 */
+	feature(model, name, d, changed) {
+		const [low, high] = model.input.feature_ranges[d] ?? model.input.range;
+		const length = high - low || Math.abs(high) || 1;
+		const values = model.examples.map(({ input }) => input.flat(Infinity)[d]);
+		const whole = [low, high, ...values].every(Number.isInteger);
+		const step = whole ? 1 : 10 ** Math.floor(Math.log10(length / STEPS));
+		const round = whole ? Math.round : (/** @type {number} */ x) => x;
+		const [from, to] = [round(low - BEYOND * length), round(high + BEYOND * length)];
+		const box = el("input", { id: `feature-${d}`, inputmode: "decimal" });
+		const slider = el("input", {
+			...{ type: "range", min: from, max: to, step, "aria-label": `${name}, slider` },
+		});
+		slider.addEventListener("input", () => {
+			box.value = String(Number(Number(slider.value).toPrecision(7)));
+			changed();
+		});
+		box.addEventListener("input", () => {
+			slider.value = box.value;
+			changed();
+		});
+		const trained = el("div", { class: "trained" });
+		const at = (/** @type {number} */ x) => (x - from) / (to - from);
+		this.boxes.push(box);
+		this.sliders.push(slider);
+		return el(
+			"div",
+			{ class: "feature" },
+			el("label", { for: `feature-${d}` }, name),
+			box,
+			el("div", { class: "slide" }, slider, place(trained, at(low), at(high))),
+			el("small", {}, `${Number(low.toPrecision(6))} to ${Number(high.toPrecision(6))}`),
+		);
+	}
+
+	/** @param {Example} example */
+	take(example) {
+		/** @type {number[]} */
+		const values = example.input.flat(Infinity);
+		values.forEach((value, d) => {
+			this.boxes[d].value = String(Number(value.toPrecision(7)));
+			this.sliders[d].value = this.boxes[d].value;
+		});
+	}
+
+	/** What is asked about: numbers; what is none goes as it is, for the service to say so. */
+	row() {
+		return this.boxes.map(({ value }) => {
+			const x = Number(value);
+			return value.trim() === "" || Number.isNaN(x) ? value : x;
+		});
+	}
+}
+
+/**
+ * @param {Example} example
+ * @param {number} i
+ */
+function said({ truth }, i) {
+	return truth === null ? String(i + 1) : `${i + 1}: truly ${truth}`;
+}
