@@ -3,11 +3,12 @@
 # CPU provider on other Linux x86-64 machines, the CPU package elsewhere.
 RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wildcard /proc/driver/nvidia/version),cuda,gpu),cpu)
 PYTHON := .venv/bin/python
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
 
-.PHONY: run setup test test-slow image-test check format bench bench-peers soak overload uci $(BENCHMARKS) lock
+.PHONY: run setup test test-slow image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci $(BENCHMARKS) lock
 run: models/digits
 	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -37,6 +38,28 @@ test-slow: setup
 
 image-test: setup
 	$(PYTHON) -m pytest -n 0 -m image
+
+browser-test: setup browser build/npm/installed
+	$(PYTHON) -m pytest -m browser
+
+# Debian's, where there is none.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { $(AS_ROOT) apt-get update && $(AS_ROOT) apt-get install --yes --no-install-recommends chromium; }
+
+# What checks the console, pinned; the page itself needs none of it.
+build/npm/installed: tests/console/package.json tests/console/package-lock.json
+	mkdir -p build/npm
+	cp $^ build/npm
+	npm ci --prefix build/npm --no-audit --no-fund
+	touch $@
+
+check-console: build/npm/installed
+	build/npm/node_modules/.bin/biome ci --config-path tests/console app/console
+	build/npm/node_modules/.bin/tsc --project tests/console
+
+screenshots: setup browser
+	$(PYTHON) -m tests.console.screenshots
 
 check: setup
 	$(PYTHON) -m ruff format --check .

@@ -16,7 +16,7 @@ const SEEDS = 2 ** 31;
 const picker = /** @type {HTMLSelectElement} */ (byId("model"));
 const controls = /** @type {HTMLFormElement} */ (byId("controls"));
 const line = /** @type {HTMLTextAreaElement} */ (byId("curl"));
-const main = /** @type {HTMLElement} */ (document.querySelector("main"));
+const shown = byId("console");
 
 /** @type {About} */
 let service;
@@ -54,11 +54,12 @@ async function start() {
 async function choose() {
 	const [name, version] = picker.value.split(" ");
 	// Whatever goes wrong, the page is not to show one model under the name of another.
-	main.hidden = true;
+	shown.hidden = true;
+	busy(true);
 	const picked = await describe(name, Number(version));
 	if (picker.value !== `${name} ${version}`) return;
 	model = picked;
-	main.hidden = false;
+	shown.hidden = false;
 	clearTimeout(soon);
 	const picture = model.input.features.length === 0 && [2, 3].includes(model.input.shape.length);
 	input = picture ? new Drawing(model, later) : new TableInput(model, later);
@@ -68,12 +69,14 @@ async function choose() {
 
 /** Ask, unless something else changes at once. */
 function later() {
+	busy(true);
 	clearTimeout(soon);
 	soon = setTimeout(guarded(show), PAUSE_MS);
 }
 
 /** Ask about what is put in, and show the answer. */
 async function show() {
+	busy(true);
 	clearTimeout(soon);
 	asking?.abort();
 	asking = new AbortController();
@@ -115,6 +118,12 @@ async function show() {
 	};
 	again = () => draw(true);
 	draw(false);
+	busy(false);
+}
+
+/** @param {boolean} on whether the answer to what is put in is still to come */
+function busy(on) {
+	shown.setAttribute("aria-busy", String(on));
 }
 
 /** @param {string} name */
@@ -154,6 +163,7 @@ function guarded(act) {
 			if (error.name === "AbortError") return;
 			if (!(error instanceof ServiceError)) throw error;
 			fail(error.message);
+			busy(false);
 			if (error.status === 401) byId("key").focus();
 		});
 }

@@ -47,19 +47,19 @@ export class TableInput {
 	 * @param {() => void} changed
 	 */
 	feature(model, name, d, changed) {
-		const [low, high] = model.input.feature_ranges[d] ?? model.input.range;
+		const [low, high] = (model.input.feature_ranges[d] ?? model.input.range).map(tidy);
 		const length = high - low || Math.abs(high) || 1;
 		const values = model.examples.map(({ input }) => input.flat(Infinity)[d]);
 		const whole = [low, high, ...values].every(Number.isInteger);
 		const step = whole ? 1 : 10 ** Math.floor(Math.log10(length / STEPS));
-		const round = whole ? Math.round : (/** @type {number} */ x) => x;
+		const round = whole ? Math.round : tidy;
 		const [from, to] = [round(low - BEYOND * length), round(high + BEYOND * length)];
 		const box = el("input", { id: `feature-${d}`, inputmode: "decimal" });
 		const slider = el("input", {
 			...{ type: "range", min: from, max: to, step, "aria-label": `${name}, slider` },
 		});
 		slider.addEventListener("input", () => {
-			box.value = String(Number(Number(slider.value).toPrecision(7)));
+			box.value = String(tidy(Number(slider.value)));
 			changed();
 		});
 		box.addEventListener("input", () => {
@@ -76,7 +76,7 @@ export class TableInput {
 			el("label", { for: `feature-${d}` }, name),
 			box,
 			el("div", { class: "slide" }, slider, place(trained, at(low), at(high))),
-			el("small", {}, `${Number(low.toPrecision(6))} to ${Number(high.toPrecision(6))}`),
+			el("small", {}, `${low} to ${high}`),
 		);
 	}
 
@@ -85,7 +85,7 @@ export class TableInput {
 		/** @type {number[]} */
 		const values = example.input.flat(Infinity);
 		values.forEach((value, d) => {
-			this.boxes[d].value = String(Number(value.toPrecision(7)));
+			this.boxes[d].value = String(tidy(value));
 			this.sliders[d].value = this.boxes[d].value;
 		});
 	}
@@ -97,6 +97,14 @@ export class TableInput {
 			return value.trim() === "" || Number.isNaN(x) ? value : x;
 		});
 	}
+}
+
+/**
+ * As many digits as a float32 holds: what is behind them was never meant.
+ * @param {number} x
+ */
+function tidy(x) {
+	return Number(x.toPrecision(7));
 }
 
 /**

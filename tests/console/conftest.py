@@ -1,0 +1,31 @@
+"""A browser, and the console in it."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.console.browser import Console, launch, opened
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = launch(playwright)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def url(client: httpx.Client) -> str:
+    return str(client.base_url)
+
+
+@pytest.fixture
+def console(browser: Browser, url: str) -> Iterator[Console]:
+    """The console of a service with all models, where nothing must go wrong."""
+    with opened(browser, url) as console:
+        console.choose("digits")
+        yield console
+        assert console.errors == []

@@ -1,0 +1,120 @@
+"""The console's input of images: what is drawn, with mouse, finger or keys, is asked about."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.console.browser import PHONE, Console, opened
+from tests.console.strokes import DIGITS
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.mark.parametrize("digit", DIGITS)
+def test_a_digit_that_is_drawn_is_the_label(console: Console, digit: str) -> None:
+    answer = console.draw(DIGITS[digit])
+    assert answer["labels"] == [digit]
+    assert console.text("#headline").startswith(f"{digit}, with ")
+    assert console.text(".classes .top th") == digit
+
+
+def test_a_digit_may_be_drawn_small_and_in_a_corner(console: Console) -> None:
+    small = [[(0.1 + 0.3 * x, 0.6 + 0.3 * y) for x, y in stroke] for stroke in DIGITS["3"]]
+    assert console.draw(small)["labels"] == ["3"]
+
+
+def test_a_digit_may_be_drawn_with_a_finger(browser: Browser, url: str) -> None:
+    with opened(browser, url, **PHONE) as console:
+        console.choose("digits")
+        console.press("Blank")
+        area = console.page.locator("#drawing")
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
+        assert box
+        touch = console.page.context.new_cdp_session(console.page)
+
+        def move(kind: str, *points: tuple[float, float]) -> None:
+            places = [
+                {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+                for x, y in points
+            ]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+
+        (stroke,) = DIGITS["7"]
+        move("touchStart", stroke[0])
+        for (x, y), (to_x, to_y) in pairwise(stroke):
+            for part in range(1, 9):
+                move("touchMove", (x + (to_x - x) * part / 8, y + (to_y - y) * part / 8))
+        move("touchEnd")
+        console.answered()
+        assert console.press("Ask")["labels"] == ["7"]
+        assert console.errors == []
+
+
+def test_a_digit_may_be_drawn_with_the_keyboard_alone(console: Console) -> None:
+    console.press("Blank")
+    page = console.page
+    page.locator("#drawing").focus()
+    slope = (("ArrowDown", 2), ("ArrowLeft", 1)) * 9
+    for key, times in (
+        *(("ArrowLeft", 7), ("ArrowUp", 10), (" ", 1), ("ArrowRight", 14), *slope, (" ", 1)),
+    ):
+        for _ in range(times):
+            page.keyboard.press(key)
+    assert re.fullmatch(r"Pen up, \d+ % from the left, \d+ % from the top", console.text("#pen"))
+    console.answered()
+    assert console.press("Ask")["labels"] == ["7"]
+
+
+def test_what_is_asked_about_is_what_is_seen(console: Console) -> None:
+    console.draw(DIGITS["0"])
+    seen = console.page.locator("#seen").evaluate(
+        """canvas => Array.from(canvas.getContext("2d")
+            .getImageData(0, 0, canvas.width, canvas.height).data)"""
+    )
+    (row,) = console.request()["inputs"]
+    assert [round(255 * (1 - value / 16)) for value in row] == pytest.approx(seen[::4], abs=1)
+
+
+def test_real_examples_come_with_their_true_answer(console: Console) -> None:
+    answer = console.press("Example of 4")
+    assert answer["labels"] == ["4"]
+    assert console.text("#truth").startswith("Truly: 4.")
+
+
+def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
+    before = console.press("Example of 1")
+    area = console.page.locator("#drawing")
+    box = area.bounding_box()
+    assert box
+    middle, height = box["y"] + box["height"] / 2, box["height"]
+    console.page.mouse.move(box["x"] + 0.1 * box["width"], middle)
+    console.page.mouse.down()
+    console.page.mouse.move(box["x"] + 0.9 * box["width"], middle + 0.2 * height, steps=5)
+    console.page.mouse.up()
+    console.answered()
+    after = console.press("Ask")
+    assert console.text("#truth") == "Drawn on."
+    assert after["predictive_entropy"][0] > 3 * before["predictive_entropy"][0]
+
+
+@pytest.mark.parametrize("preset", ["Blank", "Noise", "Two overlaid", "A letter"])
+def test_what_should_fool_the_network_leaves_it_less_sure_than_its_examples(
+    console: Console, preset: str
+) -> None:
+    sure = [console.press(f"Example of {label}") for label in ("0", "4", "7")]
+    answer = console.press(preset)
+    for measure in ("predictive_entropy", "mutual_information"):
+        assert answer[measure][0] > 2 * max(each[measure][0] for each in sure)
+    parts = console.page.locator("#entropy dd").all_inner_texts()
+    assert float(parts[0].split()[0]) == pytest.approx(answer["predictive_entropy"][0], rel=0.01)
+    assert float(parts[1]) == pytest.approx(answer["expected_entropy"][0], rel=0.01)
+    assert float(parts[2]) == pytest.approx(answer["mutual_information"][0], rel=0.01)
+    widths = [
+        console.page.locator(f"#entropy .parts .{part}").evaluate("e => e.offsetWidth")
+        for part in ("data", "model")
+    ]
+    ratio = answer["expected_entropy"][0] / answer["mutual_information"][0]
+    assert widths[0] / widths[1] == pytest.approx(ratio, rel=0.1)

@@ -1,0 +1,125 @@
+"""The console's passes of a classification: each a dot, and what they say together."""
+
+import re
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.console.browser import Console, opened
+
+pytestmark = pytest.mark.browser
+
+
+def means(console: Console) -> list[str]:
+    """Return the class table's means, as they are to be read."""
+    return console.page.locator(".classes strong").all_inner_texts()
+
+
+def test_passes_appear_one_after_the_other(console: Console) -> None:
+    console.all_shown(100)
+    console.page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver(() => {
+                const text = document.querySelector(".counter")?.textContent;
+                if (text && text !== window.seen.at(-1)) window.seen.push(text);
+            }).observe(document.querySelector("#answer"), {
+                subtree: true, childList: true, characterData: true });
+        }"""
+    )
+    console.press("Ask with another seed")
+    console.all_shown(100)
+    texts = console.page.evaluate("window.seen")
+    shown = [int(at) for text in texts for at in re.findall(r"pass (\d+) of 100", text)]
+    assert len(shown) > 3
+    assert shown == sorted(shown)
+
+
+def test_who_wants_no_motion_gets_all_passes_at_once(browser: Browser, url: str) -> None:
+    with opened(browser, url, reduced_motion="reduce") as console:
+        console.choose("digits")
+        assert console.text(".counter") == "(pass 100 of 100)"
+
+
+def test_each_dot_is_where_its_pass_is_and_nowhere_else(browser: Browser, url: str) -> None:
+    with opened(browser, url, reduced_motion="reduce") as console:
+        console.choose("digits")
+        answer = console.press("Two overlaid")
+        for c in range(10):
+            columns = (
+                console.page.locator(".strip")
+                .nth(c)
+                .evaluate(
+                    """canvas => {
+                    const {width, height} = canvas;
+                    const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
+                    return Array.from({length: width}, (_, x) => Array.from({length: height},
+                        (_, y) => data[4 * (y * width + x) + 3]).some(alpha => alpha > 20));
+                }"""
+                )
+            )
+            radius = 2
+            places = [
+                radius + sample[0][c] * (len(columns) - 2 * radius) for sample in answer["samples"]
+            ]
+            for x, there in enumerate(columns):
+                apart = min(abs(x + 0.5 - place) for place in places)
+                if there:
+                    assert apart < radius + 1
+                elif apart < 0.5 * radius:
+                    raise AssertionError(f"class {c}: no dot in column {x}")
+
+
+def test_bars_and_whiskers_are_the_mean_and_what_is_known_of_it(console: Console) -> None:
+    answer = console.press("Two overlaid")
+    for c in range(10):
+        bar, whisker, band = (
+            console.page.locator(f".classes .{part}")
+            .nth(c)
+            .evaluate("e => [e.offsetLeft, e.offsetWidth, e.offsetParent.clientWidth]")
+            for part in ("bar", "whisker", "band")
+        )
+        mean, error = answer["mean"][0][c], answer["standard_error"][0][c]
+        width = bar[2]
+        assert bar[1] / width == pytest.approx(mean, abs=2 / width)
+        reach = 2 * 1.6449 * error  # of a normal, 90 % within
+        if mean - reach / 2 > 0:
+            assert whisker[1] / width == pytest.approx(reach, abs=4 / width)
+        lower, upper = (answer["interval"][end][0][c] for end in ("lower", "upper"))
+        assert band[0] / width == pytest.approx(lower, abs=2 / width)
+        assert (band[0] + band[1]) / width == pytest.approx(upper, abs=4 / width)
+    assert means(console) == [
+        "< 0.001" if 0 < mean < 0.0005 else f"{mean:.3f}" for mean in answer["mean"][0]
+    ]
+
+
+def test_the_same_seed_shows_the_same_passes(console: Console) -> None:
+    shown = []
+    for seed in ("11", "12", "11"):
+        console.set(seed=seed)
+        console.all_shown(100)
+        assert f"seed {seed}," in console.text("#answered-by")
+        shown.append((console.dots(), means(console), console.text("#sites")))
+    assert shown[0] == shown[2]
+    assert shown[0] != shown[1]
+
+
+def test_without_a_seed_one_is_drawn_and_named(console: Console) -> None:
+    answer = console.set(seed="")
+    assert f"seed {answer['seed']}," in console.text("#answered-by")
+    again = console.set(seed=str(answer["seed"]))
+    assert again["mean"] == answer["mean"]
+    assert console.press("Ask with another seed")["seed"] != answer["seed"]
+
+
+def test_controls_are_what_is_asked_for(console: Console) -> None:
+    console.page.get_by_label("Masks").select_option("stratified")
+    console.answered()
+    answer = console.set(passes="40", interval="0.5")
+    assert (answer["passes"], answer["interval"]["level"]) == (40, 0.5)
+    assert console.request()["masks"] == "stratified"
+    console.all_shown(40)
+    said = console.text("#answered-by")
+    assert re.fullmatch(
+        r"digits, version 1, on cpu: 40 passes, seed 7, answered in [\d.]+ ms\.", said
+    )

@@ -1,0 +1,172 @@
+"""The console and its service: requests, errors, keys, the debug endpoint, other hosts."""
+
+import json
+import shlex
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, expect
+
+from tests import bundles
+from tests.conftest import service
+from tests.console.browser import Console, opened
+from tests.console.strokes import DIGITS
+from tests.end_to_end.test_access import new_key
+
+pytestmark = pytest.mark.browser
+
+REFUSED = "Failed to load resource: the server responded with a status of "
+
+
+def test_the_curl_line_asks_for_the_same_again(console: Console) -> None:
+    answer = console.press("Noise")
+    words = shlex.split(console.page.locator("#curl").input_value())
+    assert words[:3] == ["curl", "-H", "Content-Type: application/json"]
+    again = httpx.post(words[-1], json=console.request()).json()
+    assert again == answer
+    console.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    console.page.get_by_role("button", name="Copy").click()
+    expect(console.page.locator("#copied")).to_have_text("Copied.")
+    copied = console.page.evaluate("navigator.clipboard.readText()")
+    assert copied == console.page.locator("#curl").input_value()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("passes", "0", "passes: Input should be greater than or equal to 1 (422)"),
+        ("passes", "many", "passes: Input should be a valid integer (422)"),
+        ("passes", "10001", "passes: must be at most 10000, not 10001 (422)"),
+        ("interval", "1", "interval: Input should be less than 1 (422)"),
+        ("seed", "-1", "seed: Input should be greater than or equal to 0 (422)"),
+    ],
+)
+def test_what_is_not_allowed_is_said_in_the_services_words(
+    browser: Browser, url: str, field: str, value: str, said: str
+) -> None:
+    with opened(browser, url) as console:
+        console.choose("digits")
+        console.set(**{field: value})
+        alert = console.page.get_by_role("alert")
+        expect(alert).to_have_text(said)
+        assert not console.page.locator("#answers").is_visible()
+        good = {"passes": "100", "interval": "0.9", "seed": "7"}[field]
+        console.set(**{field: good})
+        expect(alert).to_be_hidden()
+        assert console.page.locator("#answers").is_visible()
+        assert {error.partition("422")[0] for error in console.errors} == {REFUSED}
+
+
+def test_a_service_that_is_gone_is_said_to_be(browser: Browser, built: Path) -> None:
+    with service(built / "models") as client:
+        context = opened(browser, str(client.base_url))
+        console = context.__enter__()
+        console.choose("digits")
+    console.page.get_by_role("button", name="Ask", exact=True).click()
+    expect(console.page.get_by_role("alert")).to_have_text("The service does not answer.")
+    context.__exit__(None, None, None)
+
+
+def test_without_debug_it_does_without_the_passes_and_says_so(
+    browser: Browser, built: Path
+) -> None:
+    with (
+        service(built / "models", DROPSERVE_DEBUG="0") as client,
+        opened(browser, str(client.base_url)) as console,
+    ):
+        page = console.page
+        for name in ("diabetes", "digits"):
+            answer = console.choose(name, "predict")
+            expect(page.locator("#no-passes")).to_be_visible()
+            assert page.locator(".strip").count() == 0
+            assert page.locator(".mask").count() == 0
+        assert page.locator(".classes tbody tr").count() == 10
+        assert console.text("#gap").startswith("Class ")
+        assert answer["probabilities"][0][0] > 0.5
+        assert page.locator("#curl").input_value().endswith("/uncertainty")
+        assert console.errors == []
+
+
+def test_with_keys_it_asks_for_one_and_keeps_it_in_memory_only(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    key = new_key(file, "predict", "debug")
+    with (
+        service(built / "models", DROPSERVE_API_KEYS_FILE=str(file)) as client,
+        opened(browser, str(client.base_url)) as console,
+    ):
+        page = console.page
+        box = page.get_by_label("API key")
+        expect(box).to_be_visible()
+        assert not page.locator("#console").is_visible()
+        box.fill("ds_wrong")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.get_by_role("alert")).to_have_text("the API key is not known (401)")
+        console.errors.clear()
+        box.fill(key)
+        answer = console.answer_of(page.get_by_role("button", name="Use it").click)
+        assert len(answer["samples"]) == 100
+        expect(page.get_by_role("alert")).to_be_hidden()
+        curl = page.locator("#curl").input_value()
+        assert key not in curl
+        assert '-H "X-API-Key: $KEY"' in curl
+        kept = page.evaluate(
+            """async () => JSON.stringify([localStorage, sessionStorage, document.cookie,
+                location.href, history.state, await indexedDB.databases(), await caches.keys()])"""
+        )
+        assert kept == json.dumps([{}, {}, "", str(client.base_url) + "/", None, [], []]).replace(
+            " ", ""
+        )
+        page.reload()
+        expect(box).to_be_visible()
+        assert box.input_value() == ""
+        assert not page.locator("#console").is_visible()
+        assert console.errors == []
+
+
+def test_a_key_that_is_not_for_the_passes_shows_the_rest(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    key = new_key(file, "predict")
+    with (
+        service(built / "models", DROPSERVE_API_KEYS_FILE=str(file)) as client,
+        opened(browser, str(client.base_url)) as console,
+    ):
+        console.page.get_by_label("API key").fill(key)
+        use = console.page.get_by_role("button", name="Use it")
+        console.answer_of(use.click, "predict")
+        expect(console.page.locator("#no-passes")).to_be_visible()
+        assert console.errors == []
+
+
+def test_names_of_others_are_text_and_never_html(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    evil = "<img src=x onerror=document.title='hit'>"
+    manifest = json.loads((built / "models" / "digits" / "1" / "manifest.json").read_text())
+    outputs = manifest["outputs"] | {"labels": [f"{evil}{i}" for i in range(10)]}
+    sites = [site | {"name": f"{evil}{i}"} for i, site in enumerate(manifest["sites"])]
+    bundles.publish(
+        *(built / "models" / "digits" / "1", tmp_path / "digits" / "1"),
+        **{"outputs": outputs, "sites": sites},
+    )
+    with (
+        service(tmp_path) as client,
+        opened(browser, str(client.base_url)) as console,
+    ):
+        console.answered()
+        expect(console.page.locator(".classes .top th")).to_contain_text(evil)
+        expect(console.page.locator("#sites")).to_contain_text(evil)
+        assert console.page.locator("img").count() == 0
+        assert console.page.title() == "dropserve console"
+        assert console.errors == []
+
+
+def test_nothing_is_asked_of_another_host(console: Console) -> None:
+    for name in ("diabetes", "double", "digits"):
+        console.choose(name)
+    console.draw(DIGITS["5"])
+    assert {f"http://{host}" for host in console.hosts} == {console.url}
