@@ -8,7 +8,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
 
-.PHONY: run setup test test-slow image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci $(BENCHMARKS) lock
+.PHONY: run setup test test-slow image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci first-paint $(BENCHMARKS) lock
 run: models/digits
 	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -77,6 +77,9 @@ soak overload uci: setup
 
 $(BENCHMARKS): setup
 	$(PYTHON) -m benchmarks.$(subst -,_,$@)
+
+first-paint: setup browser
+	$(PYTHON) -m benchmarks.first_paint
 
 bench-peers: setup build/peers/passes/installed $(PEERS:%=build/peers/%/installed)
 	$(PYTHON) -m benchmarks.predict_http --peers

@@ -29,6 +29,10 @@ export class TableInput {
 		});
 		const rows = this.names(model).map((name, d) => this.feature(model, name, d, changed));
 		byId("features").append(...rows);
+		byId("features").addEventListener("input", () => {
+			// It is none of them any more.
+			examples.value = "";
+		});
 		this.take(model.examples[0]);
 	}
 

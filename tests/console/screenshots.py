@@ -6,7 +6,8 @@ The pictures are in ``docs/console/``, the bundles that they are of in ``build/s
 import csv
 import io
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -30,7 +31,7 @@ MODELS = {
 }
 WIDE = {"viewport": {"width": 1080, "height": 860}}
 # A page is flat areas and thin lines: more colours are not seen, and cost twice the bytes.
-COLOURS = 96
+COLOURS = 200
 
 
 def main() -> None:
@@ -38,6 +39,8 @@ def main() -> None:
     make_models()
     PICTURES.mkdir(exist_ok=True)
     with ExitStack() as stack:
+        # A service's log is of no interest here.
+        stack.enter_context(redirect_stdout(io.StringIO()))
         browser = launch(stack.enter_context(sync_playwright()))
         client = stack.enter_context(service(FOLDER / "models"))
         url = str(client.base_url)
@@ -52,6 +55,8 @@ def main() -> None:
         new_key(keys, "predict")
         locked = stack.enter_context(service(FOLDER / "models", DROPSERVE_API_KEYS_FILE=str(keys)))
         take(browser, str(locked.base_url), "key", lambda _: None)
+    for path in sorted(PICTURES.glob("*.png")):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def make_models() -> None:
@@ -93,18 +98,19 @@ def beyond(console: Console) -> None:
 
 
 def table(console: Console) -> None:
-    """Classes of a table, between two of them."""
+    """A wine between two cultivars."""
     console.choose("wine")
-    for feature, value in (("alcohol", "13.1"), ("proline", "620"), ("color_intensity", "5.2")):
+    wine = load_wine()
+    between = sum(wine.data[wine.target == cultivar].mean(axis=0) for cultivar in (0, 1)) / 2
+    for feature, value in zip(wine.feature_names, between, strict=True):
         box = console.page.get_by_label(feature, exact=True)
-        console.answer_of(lambda box=box, value=value: box.fill(value))
+        console.answer_of(partial(box.fill, f"{value:.3g}"))
 
 
 def double(console: Console) -> None:
     """Eval mode of a model that was scaled twice."""
     console.choose("double")
     console.press("Example of 8")
-    console.page.locator("#sites").scroll_into_view_if_needed()
 
 
 def error(console: Console) -> None:
@@ -135,10 +141,11 @@ def take(
     """Bring the console into a state, and write its picture."""
     with opened(browser, url, reduced_motion="reduce", **WIDE | options) as console:
         act(console)
+        top = {"double": "#dropout-title", "phone": "#answer-title"}.get(name, "body")
+        console.page.locator(top).evaluate("e => e.scrollIntoView()")
         picture = Image.open(io.BytesIO(console.page.screenshot()))
         path = PICTURES / f"{name}.png"
         picture.convert("RGB").quantize(COLOURS).save(path, optimize=True)
-        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

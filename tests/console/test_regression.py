@@ -19,6 +19,8 @@ def test_sliders_of_a_regression_move_its_distribution(console: Console) -> None
     moved = console.answer_of(lambda: console.page.keyboard.press("PageUp"))
     assert float(box.input_value()) == float(slider.input_value()) > value
     assert console.request()["inputs"][0][2] == float(box.input_value())
+    # It is no real example any more.
+    assert console.page.get_by_label("Real example").input_value() == ""
     # More weight for the same height: the disease is expected to go on faster.
     assert moved["mean"][0][0] > before["mean"][0][0]
     assert console.text("#headline").startswith(f"progression: {moved['mean'][0][0]:.3g}, give or")

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, wait_for
 from tests.deploy.containers import Engine, Running, megabytes
+from tests.end_to_end.test_console import loaded
 
 pytestmark = pytest.mark.image
 
@@ -63,6 +64,14 @@ def test_it_is_ready_and_predicts_with_the_model_that_is_baked_in(running: Runni
     sure = httpx.post(f"{running.url}/uncertainty", json=body).json()
     assert sure["labels"] == ["3"]
     assert sure["mutual_information"][0] > 0
+
+
+def test_the_console_and_all_its_files_are_in_it(running: Running) -> None:
+    with httpx.Client(base_url=running.url) as client:
+        files = loaded(client)
+        assert {answer.status_code for answer in files.values()} == {200}
+        assert "console/main.js" in files
+        assert client.get("/console/service").json()["models"] == {"digits": [1]}
 
 
 def test_the_debug_endpoint_is_off_unless_it_is_asked_for(engine: Engine, running: Running) -> None:
