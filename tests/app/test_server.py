@@ -158,9 +158,20 @@ class Running:
     def line(self) -> str:
         """Wait for the next line that the process writes."""
         assert self.process.stdout
-        line = self.process.stdout.readline()
+        with self.guarded():
+            line = self.process.stdout.readline()
         assert line, "the process has ended"
         return line.strip()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Kill the process if it is waited for in vain."""
+        guard = threading.Timer(3 * WAIT_SECONDS, self.process.kill)
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
@@ -183,7 +194,8 @@ class Running:
         """Wait for the end, which is to be an orderly one; return the log."""
         assert self.process.stdout
         lines = iter(self.process.stdout.readline, "")
-        assert any(line == "returned\n" for line in lines)
+        with self.guarded():
+            assert any(line == "returned\n" for line in lines)
         self.returned = time.monotonic()
         out, log = self.process.communicate(timeout=WAIT_SECONDS)
         assert (self.process.returncode, out) == (0, ""), log
@@ -199,13 +211,9 @@ def running(**options: Unpack[Options]) -> Iterator[Running]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    # A test that waits for a line that never comes is ended by this.
-    guard = threading.Timer(3 * WAIT_SECONDS, process.kill)
-    guard.start()
     try:
         yield Running(process)
     finally:
-        guard.cancel()
         process.kill()
         process.communicate(timeout=WAIT_SECONDS)
 
