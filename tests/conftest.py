@@ -36,7 +36,18 @@ TRAINED = {
     "diabetes": ["--data", "diabetes"],
 }
 
+# The folders to begin with. Each of two workers begins one half of all tests, and who has done its
+# half takes from the other's end: so what loads a service runs beside what does not, the soak
+# (benchmarks) included, and what is left to the end are short tests.
+FIRST = ("end_to_end", "deploy", "benchmarks", "export")
+
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by their folders."""
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(FIRST)))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
