@@ -34,7 +34,7 @@ build/kserve/installed: | setup
 	touch $@
 
 test-slow: setup
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest --dist loadscope -m slow
 
 image-test: setup
 	$(PYTHON) -m pytest -n 0 -m image

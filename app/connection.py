@@ -1,8 +1,11 @@
 """A client's connection, and its limits: length of heads, time for a request to come, number."""
 
+import os
 import select
+import socket
 import uuid
 from asyncio import AbstractEventLoop, TimerHandle, Transport
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -213,14 +216,28 @@ class Connection(Answering):
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection for being idle, if no part of a request has come meanwhile."""
+        self.timeout_keep_alive_task = None
         if self.timer is None:
-            super().timeout_keep_alive_handler()
+            self.leave()
+
+    def leave(self) -> None:
+        """Close the connection for being idle, unless the kernel holds what is yet to be read.
+
+        Where the loop was busy that may be a request that came in time, which would be lost.
+        """
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        if self.transport.is_closing() or readable(descriptor):
+            return
+        # The loop closes it a turn later, which may be long: its client is to know at once.
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+            own.shutdown(socket.SHUT_WR)
+        self.transport.close()
 
     def late(self) -> None:
         """End the wait for a part of a request, unless it is this side that keeps it waiting."""
         self.timer = None
         if self.scope is None:
-            self.transport.close()
+            self.leave()
         elif self.flow.read_paused or (
             not self.whole
             and self.answering()

@@ -1,16 +1,16 @@
 """What is built once and shared by all tests: bundles made by the real commands, real services."""
 
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ import httpx
 import pytest
 from filelock import FileLock
 
-from tests import enumerated
-
 # The workers of a parallel run share the cores: torch's threads would only be in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What needs torch is imported by the fixtures: the process that hands out the tests, and runs none,
+# reads this file, too, and all would wait for it.
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
 PATIENCE = 30  # seconds
+# How long a client keeps an idle connection: less than the service, which closes it after 5 s. A
+# request that crosses the closing would be lost.
+KEPT_SECONDS = 2
 # The models that the tests serve: the data and options they are trained with.
 TRAINED = {
     "digits": ["--data", "digits"],
@@ -33,7 +36,18 @@ TRAINED = {
     "diabetes": ["--data", "diabetes"],
 }
 
+# The folders to begin with. Each of two workers begins one half of all tests, and who has done its
+# half takes from the other's end: so what loads a service runs beside what does not, the soak
+# (benchmarks) included, and what is left to the end are short tests.
+FIRST = ("end_to_end", "deploy", "benchmarks", "export")
+
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by their folders."""
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(FIRST)))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,14 +63,29 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def run_here(main: Callable[[], int], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project within this process, which has what that imports."""
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["", *arguments])
+        try:
+            status = main()
+        except SystemExit as left:
+            status = int(str(left.code))
+        finally:
+            # A command may set its own.
+            signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``runs/NAME``, ``models/NAME/1`` and ``NAME.log``, the commands' output."""
 
     def make(folder: Path) -> None:
-        # Two at a time: who else needs them waits, too, and leaves a core idle.
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(partial(build, folder), TRAINED, TRAINED.values()))
+        for name, options in TRAINED.items():
+            build(folder, name, options)
 
     return once(tmp_path_factory, "built", make)
 
@@ -64,6 +93,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``runs/NAME`` and ``models/NAME/1`` of each of ``enumerated.NAMES``."""
+    from tests import enumerated
 
     def make(folder: Path) -> None:
         for name in enumerated.NAMES:
@@ -87,13 +117,15 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 def build(folder: Path, name: str, options: list[str]) -> None:
     """Train and export one model."""
+    import export.__main__
+    import model.__main__
+
     checkpoint = str(folder / "runs" / name)
     log = []
-    for command in (
-        ["model", "train", *options, "--out", checkpoint],
-        ["export", checkpoint, "--models", str(folder / "models")],
+    for done in (
+        run_here(model.__main__.main, "train", *options, "--out", checkpoint),
+        run_here(export.__main__.main, checkpoint, "--models", str(folder / "models")),
     ):
-        done = run(*command)
         assert done.returncode == 0, done.stderr
         log.append(done.stdout + done.stderr)
     (folder / f"{name}.log").write_text("".join(log))
@@ -112,7 +144,8 @@ def service(models: Path, **environment: str) -> Iterator[httpx.Client]:
         )
         try:
             url = wait_for_url(process, log.fileno())
-            with httpx.Client(base_url=url, timeout=60) as client:
+            limits = httpx.Limits(keepalive_expiry=KEPT_SECONDS)
+            with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
                 client.headers["x-test-pid"] = str(process.pid)
                 yield client
         finally:

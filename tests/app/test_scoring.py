@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.__main__ import main
 from app.parquet import tables
-from tests.conftest import ROOT, run, wait_for
+from tests.conftest import ROOT, run, run_here, wait_for
 
 # The command, and after what it prints the most memory that it took, in kB.
 MEASURED = """
@@ -46,7 +47,7 @@ def score(
 ) -> subprocess.CompletedProcess[str]:
     """Score a file with the diabetes model."""
     models = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
-    return run("app", "score", str(source), str(target), *models, *options)
+    return run_here(main, "score", str(source), str(target), *models, *options)
 
 
 def write(path: Path, rows: int, built: Path, spoiled: int | None = None) -> Path:
@@ -67,7 +68,7 @@ def write(path: Path, rows: int, built: Path, spoiled: int | None = None) -> Pat
 def digits(built: Path, source: Path, target: Path, *options: str) -> pa.Table:
     """Score a file with the digits model, and read the outcome."""
     models = ["--models", str(built / "models"), "--model", "digits", "--device", "cpu"]
-    done = run("app", "score", str(source), str(target), *models, *options)
+    done = run_here(main, "score", str(source), str(target), *models, *options)
     assert done.returncode == 0, done.stderr
     return pq.read_table(target)
 
@@ -287,7 +288,9 @@ def test_columns_of_one_name_are_refused(built: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", 3, built)
     table = pq.read_table(source)
     pq.write_table(table.append_column("bmi", table["bmi"]), source)
-    done = score(built, source, tmp_path / "out.parquet")
+    models = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
+    # As a process, whose libraries have a standard error of their own to write to.
+    done = run("app", "score", str(source), str(tmp_path / "out.parquet"), *models)
     assert done.returncode == 1
     assert done.stderr == (f"error: {str(source)!r}: bmi: there are several columns of this name\n")
 
@@ -297,7 +300,7 @@ def test_where_there_are_several_models_it_says_that_a_name_is_needed(
 ) -> None:
     source = write(tmp_path / "in.parquet", 3, built)
     models = ["--models", str(built / "models"), "--device", "cpu"]
-    done = run("app", "score", str(source), str(tmp_path / "out.parquet"), *models)
+    done = run_here(main, "score", str(source), str(tmp_path / "out.parquet"), *models)
     assert done.returncode == 1
     assert done.stderr == "error: --model: is needed, one of: diabetes, digits, double\n"
 

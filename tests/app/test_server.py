@@ -30,6 +30,8 @@ WAIT_SECONDS = 10
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW_SECONDS = 0.45
+BUSY = b"GET /busy HTTP/1.1\r\nhost: x\r\n\r\n"
+BUSY_SECONDS = 1.2
 REFUSED = Call("POST", "/full", "id", 1, rejected="queue")
 TOO_LONG = "Request Header Fields Too Large"
 # Polls of 0.1 s and the wait for who has just connected, on a busy machine.
@@ -44,6 +46,7 @@ class Options(TypedDict, total=False):
     connections: int
     head_bytes: int
     receive_seconds: float
+    keep_alive: int
     drain_delay: float
     drain_seconds: float
     loop: str
@@ -74,6 +77,10 @@ class Toy:
                 await echo(receive, send)
 
     def at_once(self, scope: Message) -> Reply | None:
+        if scope["path"] == "/busy":
+            print("begun", flush=True)
+            # The loop can do nothing meanwhile.
+            time.sleep(BUSY_SECONDS)
         if scope["path"] != "/full":
             return None
         scope[problems.CALL] = REFUSED
@@ -124,6 +131,7 @@ def serve(options: Options) -> None:
         access_log=False,
         ws="none",
         log_level="warning",
+        timeout_keep_alive=options.get("keep_alive", 5),
     )
     server = Server(
         config,
@@ -150,9 +158,20 @@ class Running:
     def line(self) -> str:
         """Wait for the next line that the process writes."""
         assert self.process.stdout
-        line = self.process.stdout.readline()
+        with self.guarded():
+            line = self.process.stdout.readline()
         assert line, "the process has ended"
         return line.strip()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Kill the process if it is waited for in vain."""
+        guard = threading.Timer(3 * WAIT_SECONDS, self.process.kill)
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
@@ -175,7 +194,8 @@ class Running:
         """Wait for the end, which is to be an orderly one; return the log."""
         assert self.process.stdout
         lines = iter(self.process.stdout.readline, "")
-        assert any(line == "returned\n" for line in lines)
+        with self.guarded():
+            assert any(line == "returned\n" for line in lines)
         self.returned = time.monotonic()
         out, log = self.process.communicate(timeout=WAIT_SECONDS)
         assert (self.process.returncode, out) == (0, ""), log
@@ -191,13 +211,9 @@ def running(**options: Unpack[Options]) -> Iterator[Running]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    # A test that waits for a line that never comes is ended by this.
-    guard = threading.Timer(3 * WAIT_SECONDS, process.kill)
-    guard.start()
     try:
         yield Running(process)
     finally:
-        guard.cancel()
         process.kill()
         process.communicate(timeout=WAIT_SECONDS)
 
@@ -419,6 +435,28 @@ def test_a_body_that_trickles_is_late_as_a_whole(server: Running) -> None:
                 continue
         check_problem(received, 408, "Request Timeout")
     assert server.line() == "disconnect"
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["new", "kept"])
+def test_a_request_that_came_before_the_idle_time_was_over_is_answered(before: bytes) -> None:
+    with (
+        running(keep_alive=1, receive_seconds=1) as server,
+        server.connect() as client,
+        server.connect() as silent,
+        server.connect() as busy,
+    ):
+        if before:
+            for each in client, silent:
+                each.sendall(before)
+                assert one(each).endswith(b"health")
+        busy.sendall(BUSY)
+        assert server.line() == "begun"
+        # The time is over before the server gets to read these, of which one is no request.
+        client.sendall(post(b"in time"))
+        silent.sendall(b"\r\n")
+        assert one(client).endswith(b"in time")
+        # Then both are idle.
+        assert rest(client) == rest(silent) == b""
 
 
 def test_an_answer_may_take_longer_than_a_request(server: Running) -> None:

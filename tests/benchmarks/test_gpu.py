@@ -14,6 +14,7 @@ from benchmarks import gpu, timing
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS_EACH", 0.01)
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0)
 
 
 def test_every_way_runs_and_what_must_agree_does() -> None:

@@ -9,6 +9,7 @@ from export.__main__ import main
 from model import checkpoint
 from model.training import TrainingConfig
 from tests.bundles import train_and_export
+from tests.conftest import run
 from tests.model import toys
 
 
@@ -23,6 +24,15 @@ def fails(
         status = int(str(left.code))
     (line,) = capsys.readouterr().err.splitlines()
     return status, line
+
+
+def test_the_command_runs_as_a_process(built: Path, tmp_path: Path) -> None:
+    done = run("export", str(built / "runs" / "diabetes"), "--models", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(f"wrote {tmp_path / 'diabetes' / '1'}\n")
+    again = json.loads((tmp_path / "diabetes" / "1" / "manifest.json").read_text())
+    manifest = json.loads((built / "models" / "diabetes" / "1" / "manifest.json").read_text())
+    assert again["files"].keys() == manifest["files"].keys()
 
 
 def test_the_export_prints_what_verification_measured(built: Path) -> None:
