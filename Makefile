@@ -3,7 +3,7 @@
 # CPU provider on other Linux x86-64 machines, the CPU package elsewhere.
 RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wildcard /proc/driver/nvidia/version),cuda,gpu),cpu)
 PYTHON := .venv/bin/python
-AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
+INSTALL := $(if $(filter-out 0,$(shell id -u)),sudo) sh -c 'apt-get update && apt-get install --yes --no-install-recommends "$$0"'
 
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
@@ -44,11 +44,11 @@ browser-test: setup browser build/npm/installed
 
 # Debian's, where there is none.
 browser:
-	command -v chromium || command -v chromium-browser || command -v google-chrome \
-		|| { $(AS_ROOT) apt-get update && $(AS_ROOT) apt-get install --yes --no-install-recommends chromium; }
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(INSTALL) chromium
 
 # What checks the console, pinned; the page itself needs none of it.
 build/npm/installed: tests/console/package.json tests/console/package-lock.json
+	command -v npm || $(INSTALL) npm
 	mkdir -p build/npm
 	cp $^ build/npm
 	npm ci --prefix build/npm --no-audit --no-fund

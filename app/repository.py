@@ -100,9 +100,12 @@ def read_examples(text: bytes, manifest: bundle.Manifest) -> Examples:
         examples = orjson.loads(text)
         inputs = [example["input"] for example in examples]
         truths = [example.get("truth") for example in examples]
-        rows = rows_from_lists(inputs, manifest.input.shape, len(inputs))
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError):
         raise bundle.BundleError(f"{bundle.EXAMPLES} is no list of inputs") from None
+    if not inputs:
+        raise bundle.BundleError(f"{bundle.EXAMPLES} is empty")
+    try:
+        rows = rows_from_lists(inputs, manifest.input.shape, len(inputs))
     except InputError as error:
         raise bundle.BundleError(f"{bundle.EXAMPLES}: {error}") from None
     return Examples(rows, truths)

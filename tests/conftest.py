@@ -29,6 +29,8 @@ PATIENCE = 30  # seconds
 # How long a client keeps an idle connection: less than the service, which closes it after 5 s. A
 # request that crosses the closing would be lost.
 KEPT_SECONDS = 2
+# Of a service, where a test does not say otherwise.
+SETTINGS = {"DROPSERVE_DEBUG": "1", "DROPSERVE_DEVICE": "cpu", "DROPSERVE_PORT": "0"}
 # The models that the tests serve: the data and options they are trained with.
 TRAINED = {
     "digits": ["--data", "digits"],
@@ -136,9 +138,9 @@ def service(models: Path, **environment: str) -> Iterator[httpx.Client]:
     """Run the real service on a free port, until the block ends; yield a client of it."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app", "--models", str(models), "--port", "0"],
+            [sys.executable, "-m", "app", "--models", str(models)],
             cwd=ROOT,
-            env=os.environ | {"DROPSERVE_DEBUG": "1", "DROPSERVE_DEVICE": "cpu"} | environment,
+            env=os.environ | SETTINGS | environment,
             stdout=log,
             stderr=subprocess.STDOUT,
         )

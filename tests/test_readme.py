@@ -1,5 +1,7 @@
 """What the README and the documentation measured is what was measured last."""
 
+import json
+import re
 from pathlib import Path
 
 from app.settings import Settings
@@ -27,6 +29,21 @@ def test_the_docs_say_of_stratified_masks_what_was_measured_last() -> None:
     documented = (ROOT / "docs" / "uncertainty.md").read_text()
     for part in ("variance", "cost"):
         assert "\n".join(timing.markdown(stratified.read(part))) in documented
+
+
+def test_the_docs_say_of_the_console_what_was_measured_last() -> None:
+    documented = (ROOT / "docs" / "console.md").read_text()
+    measured = json.loads((ROOT / "benchmarks" / "first_paint.json").read_text())
+    assert "\n".join(timing.markdown(measured)) in documented
+
+
+def test_every_picture_that_is_shown_is_there() -> None:
+    shown = {
+        (page.parent / path).resolve()
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
+    }
+    assert shown == set((ROOT / "docs" / "console").glob("*.png"))
 
 
 def test_the_tables_of_calibration_are_those_last_measured() -> None:

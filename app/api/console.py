@@ -3,7 +3,6 @@
 What is under ``/console`` is the page's own, and changes with it.
 """
 
-from importlib import metadata
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -29,6 +28,9 @@ HEADERS = {
     # Asked for anew each time: a page and scripts of two versions would not fit together.
     "cache-control": "no-cache",
 }
+# Numbers of the examples that the page is given, or one example: written at once, more of them
+# would keep others waiting.
+MOST_VALUES = 100_000
 # What the page is told of a model's manifest.
 TOLD = {"name", "version", "task", "input", "outputs", "sites", "noise"}
 
@@ -74,22 +76,21 @@ def router(
     @routes.get("/console/service")
     async def about() -> Response:
         """Tell what is served, and whether a key is needed to ask."""
-        told = {"version": metadata.version("dropserve"), "keys": gate.keys is not None}
-        return reply.response(told | service.state())
+        return reply.response({"keys": gate.keys is not None} | service.state())
 
     @routes.get("/console/models/{name}/versions/{version}", dependencies=[guard])
     async def describe(name: str, version: str, request: Request) -> Response:
         """Describe a model: its manifest, its examples, and whether passes are shown."""
         engine = service.models.find(name, version_number(version)).engine
         manifest, (inputs, truths) = engine.manifest, engine.examples
+        most = max(1, MOST_VALUES // inputs[0].size)
         return reply.response(
             manifest.model_dump(mode="json", include=TOLD)
             | {
-                "data": manifest.provenance.data,
                 "verification": manifest.provenance.verification.model_dump(),
                 "examples": [
                     {"input": row, "truth": truth}
-                    for row, truth in zip(inputs, truths, strict=True)
+                    for row, truth in zip(inputs[:most], truths[:most], strict=True)
                 ],
                 "debug": debug and may_debug(gate, request),
             }

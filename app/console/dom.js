@@ -63,40 +63,71 @@ export function place(element, from, to) {
 }
 
 /**
- * The head of a table.
- * @param {string[]} columns
+ * Make a copy of what a template holds: one element.
+ * @param {string} template
  */
-export function head(...columns) {
-	const cells = columns.map((text) => el("th", { scope: "col" }, text));
-	return el("thead", {}, el("tr", {}, ...cells));
+export function clone(template) {
+	const { content } = /** @type {HTMLTemplateElement} */ (byId(template));
+	return /** @type {HTMLElement} */ (content.firstElementChild?.cloneNode(true));
 }
 
 /**
- * List names and what they are; the first of each three is the class of its colour.
- * @param {string[][]} rows
+ * The first element in another that a selector is of.
+ * @param {HTMLElement} root
+ * @param {string} selector
  */
-export function terms(...rows) {
-	const items = rows.flatMap(([kind, name, value]) => [
-		el("dt", {}, kind ? el("span", { class: `key ${kind}` }) : "", name),
-		el("dd", {}, value),
-	]);
-	return el("dl", {}, ...items);
+export function find(root, selector) {
+	return /** @type {HTMLElement} */ (root.querySelector(selector));
 }
 
 /**
- * Write a number with three digits that count.
+ * Write texts to where in an element their names stand as ``data-is``.
+ * @param {HTMLElement} root
+ * @param {Object<string, string>} texts
+ */
+export function write(root, texts) {
+	for (const [name, text] of Object.entries(texts)) {
+		for (const at of root.querySelectorAll(`[data-is="${name}"]`)) at.textContent = text;
+	}
+}
+
+/**
+ * A number where it is one; else what was typed, for the service to say what is allowed.
+ * @param {string} text
+ */
+export function typed(text) {
+	const x = Number(text);
+	return text.trim() === "" || !Number.isFinite(x) ? text.trim() : x;
+}
+
+/**
+ * Write a share in percent; what is not all of it never becomes 100.
+ * @param {number} part
+ */
+export function percent(part) {
+	return `${Number((100 * part).toPrecision(6))} %`;
+}
+
+/**
+ * Write a number with three digits of ``step``: of a value's spread, say, which a price of 100,000
+ * has in its last places.
  * @param {number | null | undefined} x
+ * @param {number | null} [step] the number itself by default
  */
-export function number(x) {
+export function number(x, step) {
 	if (x === null || x === undefined) return "unknown";
-	const plain = x === 0 || (Math.abs(x) >= 1e-3 && Math.abs(x) < 1e6);
-	return (plain ? String(Number(x.toPrecision(3))) : x.toExponential(1)).replaceAll("-", "−");
+	const size = step || Math.abs(x) || 1;
+	const unit = 10 ** (Math.floor(Math.log10(size)) - 2);
+	const rounded = Number((Math.round(x / unit) * unit).toPrecision(12));
+	const plain = x === 0 || step || (size >= 1e-3 && size < 1e6);
+	return (plain ? String(rounded) : x.toExponential(1)).replaceAll("-", "−");
 }
 
 /**
+ * Write how many passes there are.
  * @param {number} count
  */
-export function passes(count) {
+export function counted(count) {
 	return count === 1 ? "1 pass" : `${count} passes`;
 }
 
@@ -150,21 +181,16 @@ export function reveal(count, atOnce, draw) {
 
 /** A canvas on which each pass is a dot: where along it is the value, the height means nothing. */
 export class Strip {
-	constructor() {
-		this.canvas = el("canvas", { class: "strip", "aria-hidden": "true" });
-		this.context = context(this.canvas);
-		this.width = 0;
-		this.height = 0;
-	}
-
-	/** Make it as large as it is shown; call once it is on the page. */
-	clear() {
-		const { clientWidth, clientHeight } = this.canvas;
-		const scale = devicePixelRatio;
-		this.canvas.width = clientWidth * scale;
-		this.canvas.height = clientHeight * scale;
-		this.context.scale(scale, scale);
-		this.context.fillStyle = getComputedStyle(this.canvas).color;
+	/** @param {HTMLElement} parent what it is laid over; on the page already */
+	constructor(parent) {
+		const canvas = el("canvas", { class: "strip" });
+		parent.append(canvas);
+		const { clientWidth, clientHeight } = canvas;
+		canvas.width = clientWidth * devicePixelRatio;
+		canvas.height = clientHeight * devicePixelRatio;
+		this.context = context(canvas);
+		this.context.scale(devicePixelRatio, devicePixelRatio);
+		this.context.fillStyle = getComputedStyle(canvas).color;
 		this.width = clientWidth - 2 * DOT_RADIUS;
 		this.height = clientHeight - 2 * DOT_RADIUS;
 	}

@@ -38,9 +38,10 @@ export class Drawing {
 		this.base = null;
 		/** @type {Stroke[]} */
 		this.strokes = [];
-		/** @type {Point} Where the keyboard's pen is, and whether it is down. */
+		/** @type {Map<number | "keys", Stroke>} What is being drawn, by pointer; or by the keyboard. */
+		this.begun = new Map();
+		/** @type {Point} Where the keyboard's pen is. */
 		this.pen = [0.5, 0.5];
-		this.down = false;
 		this.tries = 0;
 		fill("input", "drawing-template");
 		const { rows, columns } = this.images;
@@ -54,8 +55,8 @@ export class Drawing {
 		model.examples.forEach(({ truth }, i) => {
 			const picture = el("canvas", { class: "picture pixels", "aria-hidden": "true" });
 			this.images.show(picture, this.images.examples[i]);
-			const said = `Example ${truth === null ? i + 1 : `of ${truth}`}`;
-			this.button("examples", said, picture, () => this.take(i));
+			const said = truth === null ? "" : `: ${truth}`;
+			this.button("examples", `Example ${i + 1}${said}`, picture, () => this.take(i));
 		});
 		this.button("presets", "Blank", "Blank", () => this.put(null, "Nothing at all."));
 		this.button("presets", "Noise", "Noise", () =>
@@ -108,16 +109,14 @@ export class Drawing {
 
 	/** Two examples of different classes, each time two others, one over the other. */
 	overlay() {
-		const { examples } = this.model;
-		const first = this.tries++ % examples.length;
-		const others = examples.map((_, i) => (first + 5 + i) % examples.length);
-		const second =
-			others.find((i) => String(examples[i].truth) !== String(examples[first].truth)) ?? others[0];
-		const both = this.images.over(this.images.examples[first], this.images.examples[second]);
-		this.put(
-			both,
-			`A ${examples[first].truth} and a ${examples[second].truth}, one over the other.`,
-		);
+		const truths = this.model.examples.map(({ truth }) => String(truth ?? "?"));
+		const count = truths.length;
+		const first = this.tries++ % count;
+		const others = truths.map((_, i) => (first + Math.ceil(count / 2) + i) % count);
+		const second = others.find((i) => truths[i] !== truths[first]) ?? others[0];
+		const { examples } = this.images;
+		const said = `${truths[first]} and ${truths[second]}, one over the other.`;
+		this.put(this.images.over(examples[first], examples[second]), said);
 	}
 
 	/** Another each time, but the same whenever the page is loaded. */
@@ -138,8 +137,9 @@ export class Drawing {
 	put(base, said, strokes = []) {
 		this.base = base;
 		this.strokes = structuredClone(strokes);
-		this.down = false;
+		this.begun.clear();
 		byId("truth").textContent = said;
+		byId("pen").textContent = "";
 		this.refresh();
 	}
 
@@ -160,7 +160,7 @@ export class Drawing {
 		pen.strokeStyle = this.base ? "#0b62c4" : "#000";
 		trace(pen, this.strokes, this.images.frame.line);
 		if (document.activeElement === this.canvas && this.canvas.matches(":focus-visible")) {
-			pen.strokeStyle = this.down ? "#c4320b" : "#0b62c4";
+			pen.strokeStyle = this.begun.has("keys") ? "#c4320b" : "#0b62c4";
 			pen.lineWidth = 3;
 			pen.beginPath();
 			pen.arc(this.pen[0] * width, this.pen[1] * height, 8, 0, 2 * Math.PI);
@@ -181,25 +181,41 @@ export class Drawing {
 		canvas.addEventListener("pointerdown", (event) => {
 			if (event.button !== 0) return;
 			canvas.setPointerCapture(event.pointerId);
-			this.begin(point(event));
+			this.begin(event.pointerId, point(event));
 		});
 		canvas.addEventListener("pointermove", (event) => {
-			if (!canvas.hasPointerCapture(event.pointerId)) return;
 			// Of a fast hand more is known than what is told by one event.
 			const steps = event.getCoalescedEvents?.() ?? [];
-			for (const each of steps.length ? steps : [event])
-				this.strokes[this.strokes.length - 1].push(point(each));
-			this.refresh();
-			this.changed();
+			this.draw(event.pointerId, (steps.length ? steps : [event]).map(point));
+		});
+		canvas.addEventListener("lostpointercapture", (event) => {
+			this.begun.delete(event.pointerId);
 		});
 		canvas.addEventListener("keydown", (event) => this.move(event));
 		canvas.addEventListener("focus", () => this.refresh());
 		canvas.addEventListener("blur", () => this.refresh());
 	}
 
-	/** @param {Point} at */
-	begin(at) {
-		this.strokes.push([at]);
+	/**
+	 * @param {number | "keys"} who
+	 * @param {Point[]} points
+	 */
+	draw(who, points) {
+		const stroke = this.begun.get(who);
+		if (!stroke) return;
+		stroke.push(...points);
+		this.refresh();
+		this.changed();
+	}
+
+	/**
+	 * @param {number | "keys"} who
+	 * @param {Point} at
+	 */
+	begin(who, at) {
+		const stroke = [at];
+		this.begun.set(who, stroke);
+		this.strokes.push(stroke);
 		byId("truth").textContent = this.base ? "Drawn on." : "";
 		this.refresh();
 		this.changed();
@@ -208,15 +224,11 @@ export class Drawing {
 	/** @param {KeyboardEvent} event */
 	move(event) {
 		if (event.key === " ") {
-			this.down = !this.down;
-			if (this.down) this.begin([...this.pen]);
+			if (!this.begun.delete("keys")) this.begin("keys", [...this.pen]);
 		} else if (event.key in ARROWS) {
 			const [dx, dy] = ARROWS[event.key];
 			this.pen = [within(this.pen[0] + dx * PEN_STEP), within(this.pen[1] + dy * PEN_STEP)];
-			if (this.down) {
-				this.strokes[this.strokes.length - 1].push([...this.pen]);
-				this.changed();
-			}
+			this.draw("keys", [[...this.pen]]);
 			this.refresh();
 		} else {
 			return;
@@ -224,7 +236,7 @@ export class Drawing {
 		event.preventDefault();
 		const [x, y] = this.pen.map((share) => Math.round(100 * share));
 		byId("pen").textContent =
-			`Pen ${this.down ? "down" : "up"}, ${x} % from the left, ${y} % from the top`;
+			`Pen ${this.begun.has("keys") ? "down" : "up"}, ${x} % from the left, ${y} % from the top`;
 	}
 }
 

@@ -1,6 +1,6 @@
 // The dropout itself: its sites, a mask of each, and eval mode against the mean of the passes.
 
-import { byId, context, el, head, number, passes, place, share } from "./dom.js";
+import { byId, clone, context, counted, el, find, number, place, share, write } from "./dom.js";
 
 /** @import { Answer, Model, Site } from "./service.js" */
 
@@ -24,12 +24,12 @@ export function show(model, answer, point, masks) {
 	byId("why-double").hidden = !double;
 	byId("why-small").hidden = double;
 	const gaps = answer.expectation_gap?.[0];
-	byId("gap").textContent = summary(model, answer.mean[0], point, gaps);
-	byId("gaps").replaceChildren(table(model, answer, point, gaps));
+	byId("gap").textContent = summary(model, answer, point, gaps);
+	byId("gaps").replaceChildren(...rows(model, answer, point, gaps));
 	const { expectation_gap, expectation_gap_passes } = model.verification;
 	byId("exported").textContent =
 		`When the model was exported, over held-out rows: ${number(expectation_gap)} standard ` +
-		`errors of the mean of ${passes(expectation_gap_passes)} (root mean square).`;
+		`errors of the mean of ${counted(expectation_gap_passes)} (root mean square).`;
 }
 
 /**
@@ -43,7 +43,7 @@ function card(site, kept, mask) {
 	const measured =
 		kept === undefined
 			? ""
-			: ` Kept in all passes: ${kept.toFixed(3)}, expected: ${share(1 - site.p)}.`;
+			: ` Share kept, over all passes: ${share(kept)}; expected: ${share(1 - site.p)}.`;
 	return el(
 		"div",
 		{},
@@ -75,71 +75,69 @@ function picture(units) {
 }
 
 /**
- * Say where eval mode is farthest from the passes.
+ * How far eval mode is from the passes, in a measure that outputs of all units share.
  * @param {Model} model
- * @param {number[]} mean
+ * @param {Answer} answer
  * @param {number[]} point
- * @param {number[] | undefined} gaps in standard errors
  */
-function summary({ task, outputs }, mean, point, gaps) {
-	const apart = mean.map((value, c) => Math.abs(value - point[c]));
-	const c = apart.indexOf(Math.max(...apart));
-	const [what, write] = task === "classification" ? ["Class ", share] : ["", number];
-	const far = gaps ? `, ${number(Math.abs(gaps[c]))} standard errors apart` : "";
-	return `${what}${outputs.labels[c]}: eval mode says ${write(point[c])}, the passes ${write(mean[c])} on average${far}.`;
+function distances({ task }, answer, point) {
+	const classes = task === "classification";
+	const unit = (/** @type {number} */ c) => (classes ? 1 : answer.total_std[0][c] || 1);
+	return point.map((value, c) => Math.abs(answer.mean[0][c] - value) / unit(c));
 }
 
 /**
+ * Say where eval mode is farthest from the passes.
  * @param {Model} model
  * @param {Answer} answer
  * @param {number[]} point
  * @param {number[] | undefined} gaps in standard errors
  */
-function table({ task, outputs }, answer, point, gaps) {
+function summary(model, answer, point, gaps) {
+	const apart = distances(model, answer, point);
+	const c = apart.indexOf(Math.max(...apart));
+	const error = answer.standard_error?.[0][c];
+	const what = model.task === "classification" ? "Class " : "";
+	const far = gaps ? `, ${number(Math.abs(gaps[c]))} standard errors apart` : "";
+	return (
+		`${what}${model.outputs.labels[c]}: eval mode says ${number(point[c], error)}, ` +
+		`the passes ${number(answer.mean[0][c], error)} on average${far}.`
+	);
+}
+
+/**
+ * Hold each output of eval mode against the mean of the passes; of many those farthest apart.
+ * @param {Model} model
+ * @param {Answer} answer
+ * @param {number[]} point
+ * @param {number[] | undefined} gaps in standard errors
+ */
+function rows(model, answer, point, gaps) {
+	const { labels } = model.outputs;
 	const [mean] = answer.mean;
-	const classes = task === "classification";
-	const apart = (/** @type {number} */ c) => Math.abs(mean[c] - point[c]);
-	const shown = outputs.labels
+	const classes = model.task === "classification";
+	const apart = distances(model, answer, point);
+	const shown = labels
 		.map((_, c) => c)
-		.sort((a, b) => apart(b) - apart(a))
+		.sort((a, b) => apart[b] - apart[a])
 		.slice(0, MOST_OUTPUTS)
 		.sort((a, b) => a - b);
-	const rows = shown.map((c) => {
+	return shown.map((c) => {
 		// Of values: so much to each side of the mean that eval mode, or what is by chance, is seen.
-		const reach = 1.2 * Math.max(apart(c), 4 * (answer.standard_error?.[0][c] ?? 0)) || 1;
+		const error = answer.standard_error?.[0][c] ?? 0;
+		const reach = 1.2 * Math.max(Math.abs(mean[c] - point[c]), 4 * error) || 1;
 		const at = (/** @type {number} */ x) => (classes ? x : 0.5 + (x - mean[c]) / (2 * reach));
 		const [left, right] = [at(mean[c]), at(point[c])].sort((a, b) => a - b);
-		const chart = el(
-			"div",
-			{ class: "chart gap", "aria-hidden": "true" },
-			place(el("div", { class: "between" }), left, right),
-			place(el("div", { class: "mark eval" }), at(point[c])),
-			place(el("div", { class: "mark mean" }), at(mean[c])),
-		);
-		const numbers = [point[c], mean[c], ...(gaps ? [gaps[c]] : [])];
-		return el(
-			"tr",
-			{},
-			el("th", { scope: "row" }, outputs.labels[c]),
-			el("td", {}, chart),
-			...numbers.map((x) => el("td", { class: "number" }, number(x))),
-		);
+		const made = clone("gap-template");
+		write(made, {
+			label: labels[c],
+			point: number(point[c], error),
+			mean: number(mean[c], error),
+			gap: gaps ? number(gaps[c]) : "",
+		});
+		place(find(made, ".between"), left, right);
+		place(find(made, ".eval"), at(point[c]));
+		place(find(made, ".mean"), at(mean[c]));
+		return made;
 	});
-	const heads = [classes ? "Class" : "Target", "Apart", "Eval mode", "Passes"];
-	if (gaps) heads.push("Gap");
-	return el(
-		"table",
-		{},
-		el(
-			"caption",
-			{},
-			el("span", { class: "key eval" }),
-			"eval mode ",
-			el("span", { class: "key mean" }),
-			"mean of the passes",
-			gaps ? "; gap: their difference in standard errors of the mean" : "",
-		),
-		head(...heads),
-		el("tbody", {}, ...rows),
-	);
 }

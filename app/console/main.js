@@ -1,7 +1,7 @@
 // The page: what is asked, when, and where the answer is shown.
 
 import * as classes from "./classes.js";
-import { byId, el, passes } from "./dom.js";
+import { byId, counted, el, typed } from "./dom.js";
 import { Drawing } from "./drawing.js";
 import * as dropout from "./dropout.js";
 import { about, ask, curl, describe, ServiceError, useKey } from "./service.js";
@@ -52,15 +52,15 @@ async function start() {
 
 /** Show the model that is picked. */
 async function choose() {
+	const signal = begin();
 	const [name, version] = picker.value.split(" ");
 	// Whatever goes wrong, the page is not to show one model under the name of another.
 	shown.hidden = true;
-	busy(true);
-	const picked = await describe(name, Number(version));
-	if (picker.value !== `${name} ${version}`) return;
-	model = picked;
+	byId("answers").hidden = true;
+	stop?.();
+	again = undefined;
+	model = await describe(name, Number(version), signal);
 	shown.hidden = false;
-	clearTimeout(soon);
 	const picture = model.input.features.length === 0 && [2, 3].includes(model.input.shape.length);
 	input = picture ? new Drawing(model, later) : new TableInput(model, later);
 	byId("no-passes").hidden = model.debug;
@@ -74,32 +74,42 @@ function later() {
 	soon = setTimeout(guarded(show), PAUSE_MS);
 }
 
-/** Ask about what is put in, and show the answer. */
-async function show() {
+/**
+ * Begin to ask, and ask for nothing else any more: what would come of it, an answer or an error, is
+ * not to be shown for what is put in now.
+ */
+function begin() {
 	busy(true);
 	clearTimeout(soon);
 	asking?.abort();
 	asking = new AbortController();
-	const { signal } = asking;
+	return asking.signal;
+}
+
+/** Ask about what is put in, and show the answer. */
+async function show() {
+	const signal = begin();
 	const who = { model: model.name, version: model.version };
 	const inputs = [input.row()];
-	const fields = Object.fromEntries(
-		["passes", "seed", "interval"]
-			.map((name) => [name, typed(control(name).value)])
-			.filter(([, value]) => value !== ""),
-	);
-	const body = { ...who, inputs, ...fields, masks: control("masks").value };
+	const [passes, seed, interval] = ["passes", "seed", "interval"].map((name) => {
+		const x = typed(control(name).value);
+		// Greater ones would be others, and no word said.
+		return name === "seed" && !Number.isSafeInteger(x) ? control(name).value : x;
+	});
+	const body = { ...who, inputs, passes, interval, masks: control("masks").value };
+	const seeded = seed === "" ? body : { ...body, seed };
 	const path = model.debug ? "debug/mc" : "uncertainty";
-	line.value = curl(path, body);
+	line.value = curl(path, seeded);
 	byId("copied").textContent = "";
-	const begin = performance.now();
-	const answer = await ask(path, body, signal);
-	const took = performance.now() - begin;
+	const start = performance.now();
+	const answer = await ask(path, seeded, signal);
+	const took = performance.now() - start;
+	line.value = curl(path, { ...body, seed: answer.seed });
 	let masks = null;
 	let deterministic;
 	if (model.debug) {
-		const { passes, seed } = answer;
-		masks = await ask("console/masks", { ...who, passes, seed, masks: body.masks }, signal);
+		const drawn = { passes: answer.passes, seed: answer.seed, masks: body.masks };
+		masks = await ask("console/masks", { ...who, ...drawn }, signal);
 		[deterministic] = answer.deterministic;
 	} else {
 		const point = await ask("predict", { ...who, inputs }, signal);
@@ -109,11 +119,11 @@ async function show() {
 	const kind = model.task === "classification" ? classes : values;
 	byId("headline").textContent = kind.headline(answer, model);
 	byId("answered-by").textContent =
-		`${answer.model}, version ${answer.version}, on ${service.device}: ${passes(answer.passes)}, ` +
+		`${answer.model}, version ${answer.version}, on ${service.device}: ${counted(answer.passes)}, ` +
 		`seed ${answer.seed}, answered in ${took.toFixed(1)} ms.`;
 	const draw = (/** @type {boolean} */ atOnce) => {
 		stop?.();
-		stop = kind.show(byId("answer"), answer, model, atOnce);
+		stop = kind.show(answer, model, atOnce);
 		dropout.show(model, answer, deterministic, masks);
 	};
 	again = () => draw(true);
@@ -129,15 +139,6 @@ function busy(on) {
 /** @param {string} name */
 function control(name) {
 	return /** @type {HTMLInputElement} */ (controls.elements.namedItem(name));
-}
-
-/**
- * A number where it is one; else what was typed, for the service to say what is allowed.
- * @param {string} text
- */
-function typed(text) {
-	const trimmed = text.trim();
-	return trimmed === "" || Number.isNaN(Number(trimmed)) ? trimmed : Number(trimmed);
 }
 
 /**
@@ -161,10 +162,14 @@ function guarded(act) {
 		act().catch((error) => {
 			// Aborted for the sake of a newer request.
 			if (error.name === "AbortError") return;
-			if (!(error instanceof ServiceError)) throw error;
-			fail(error.message);
 			busy(false);
-			if (error.status === 401) byId("key").focus();
+			const expected = error instanceof ServiceError;
+			fail(expected ? error.message : "The page has failed; the browser's console says why.");
+			if (!expected) throw error;
+			if (error.status === 401) {
+				byId("key-form").hidden = false;
+				byId("key").focus();
+			}
 		});
 }
 
@@ -180,8 +185,12 @@ byId("new-seed").addEventListener("click", () => {
 });
 byId("key-form").addEventListener("submit", (event) => {
 	event.preventDefault();
-	useKey(/** @type {HTMLInputElement} */ (byId("key")).value);
-	guarded(choose)();
+	guarded(async () => {
+		const box = /** @type {HTMLInputElement} */ (byId("key"));
+		useKey(box.value);
+		box.value = "";
+		await choose();
+	})();
 });
 byId("copy").addEventListener("click", async () => {
 	try {

@@ -11,12 +11,11 @@
  * @property {{labels: string[], units: string[] | null}} outputs
  * @property {Site[]} sites
  * @property {"constant" | "input"} noise
- * @property {string} data
  * @property {{expectation_gap: number, expectation_gap_passes: number}} verification
  * @property {Example[]} examples
  * @property {boolean} debug Whether passes are shown.
  */
-/** @typedef {{version: string, keys: boolean, device: string, models: Object<string, number[]>}} About */
+/** @typedef {{keys: boolean, device: string, models: Object<string, number[]>}} About */
 /** @typedef {Object<string, any>} Answer An answer of the HTTP interface. */
 
 /** An error that a person is told of, in the words of the service. */
@@ -36,6 +35,7 @@ let key = "";
 
 /** @param {string} given */
 export function useKey(given) {
+	if (/[^!-~]/.test(given)) throw new ServiceError("A key has no such characters.");
 	key = given;
 }
 
@@ -47,10 +47,11 @@ export function about() {
 /**
  * @param {string} name
  * @param {number} version
+ * @param {AbortSignal} signal
  * @returns {Promise<Model>}
  */
-export function describe(name, version) {
-	return call(`console/models/${encodeURIComponent(name)}/versions/${version}`);
+export function describe(name, version, signal) {
+	return call(`console/models/${encodeURIComponent(name)}/versions/${version}`, { signal });
 }
 
 /**
@@ -81,24 +82,17 @@ async function call(path, init = {}) {
 		if (init.signal?.aborted) throw error;
 		throw new ServiceError("The service does not answer.");
 	}
-	if (response.ok) return JSON.parse(text);
-	throw new ServiceError(
-		`${reason(text) ?? response.statusText} (${response.status})`,
-		response.status,
-	);
-}
-
-/**
- * What a problem document says is wrong; a proxy's page says nothing.
- * @param {string} text
- * @returns {string | undefined}
- */
-function reason(text) {
+	const { ok, status } = response;
+	let document;
 	try {
-		return JSON.parse(text).detail;
+		document = JSON.parse(text);
 	} catch {
-		return undefined;
+		throw new ServiceError(`Something else than the service has answered (${status}).`, status);
 	}
+	if (ok) return document;
+	// What is served may be other than when the page was loaded.
+	const more = status === 404 ? ". Load the page again to see what is served now." : "";
+	throw new ServiceError(`${document.detail} (${status})${more}`, status);
 }
 
 /**

@@ -1,6 +1,6 @@
 // Input of a table: a field and a slider for each feature.
 
-import { byId, el, fill, place } from "./dom.js";
+import { byId, el, fill, place, typed } from "./dom.js";
 
 /** @import { Example, Model } from "./service.js" */
 
@@ -89,22 +89,19 @@ export class TableInput {
 		/** @type {number[]} */
 		const values = example.input.flat(Infinity);
 		values.forEach((value, d) => {
-			this.boxes[d].value = String(tidy(value));
+			this.boxes[d].value = String(value);
 			this.sliders[d].value = this.boxes[d].value;
 		});
 	}
 
 	/** What is asked about: numbers; what is none goes as it is, for the service to say so. */
 	row() {
-		return this.boxes.map(({ value }) => {
-			const x = Number(value);
-			return value.trim() === "" || Number.isNaN(x) ? value : x;
-		});
+		return this.boxes.map(({ value }) => typed(value));
 	}
 }
 
 /**
- * As many digits as a float32 holds: what is behind them was never meant.
+ * Leave out what is but float32's rounding.
  * @param {number} x
  */
 function tidy(x) {

@@ -1,6 +1,7 @@
 """The console in a real browser, and what a person does there."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -66,9 +67,18 @@ class Console:
         model.evaluate("select => { select.value = ''; }")
         return self.answer_of(lambda: model.select_option(f"{name} 1"), path)
 
+    def press_only(self, button: str) -> None:
+        """Press a button."""
+        self.page.get_by_role("button", name=button, exact=True).click()
+
     def press(self, button: str) -> dict[str, Any]:
         """Press a button that asks."""
-        return self.answer_of(self.page.get_by_role("button", name=button, exact=True).click)
+        return self.answer_of(lambda: self.press_only(button))
+
+    def example(self, truth: str) -> dict[str, Any]:
+        """Take the first real example of a class."""
+        name = re.compile(rf"^Example \d+: {truth}$")
+        return self.answer_of(self.page.get_by_role("button", name=name).first.click)
 
     def set(self, **fields: str) -> dict[str, Any]:
         """Fill in controls and ask."""

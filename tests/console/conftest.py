@@ -1,11 +1,13 @@
 """A browser, and the console in it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.conftest import once, service
 from tests.console.browser import Console, launch, opened
 
 
@@ -15,6 +17,20 @@ def browser() -> Iterator[Browser]:
         running = launch(playwright)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def unusual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models as ``tests.console.unusual`` makes them."""
+    from tests.console import unusual
+
+    return once(tmp_path_factory, "unusual", unusual.make) / "models"
+
+
+@pytest.fixture(scope="session")
+def unusual_url(unusual: Path) -> Iterator[str]:
+    with service(unusual) as client:
+        yield str(client.base_url)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def table(console: Console) -> None:
 def double(console: Console) -> None:
     """Eval mode of a model that was scaled twice."""
     console.choose("double")
-    console.press("Example of 8")
+    console.example("8")
 
 
 def error(console: Console) -> None:

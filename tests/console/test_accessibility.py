@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, expect
@@ -23,13 +24,35 @@ def finding(console: Console) -> list[str]:
     return [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found["violations"]]
 
 
+def check(console: Console, state: str) -> None:
+    """Find nothing wrong, and nothing that does not fit."""
+    assert (state, finding(console)) == (state, [])
+    outside = console.page.evaluate(
+        """() => [...document.querySelectorAll("main *")].filter(each => {
+            const panel = each.closest(".panel");
+            return panel && each.checkVisibility() && !each.closest(".hidden, #features, svg")
+                && each.getBoundingClientRect().right > panel.getBoundingClientRect().right + 1;
+        }).map(each => each.outerHTML.slice(0, 100))"""
+    )
+    assert (state, outside) == (state, [])
+    width = console.page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert (state, width[0]) == (state, width[1])
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["wide", "phone"])
 def test_axe_finds_nothing_wrong_in_any_state(
-    browser: Browser, url: str, scheme: str, size: str
+    browser: Browser, url: str, unusual_url: str, scheme: str, size: str
 ) -> None:
-    options = PHONE if size == "phone" else {}
-    with opened(browser, url, color_scheme=scheme, reduced_motion="reduce", **options) as console:
+    options: dict[str, Any] = dict(PHONE) if size == "phone" else {}
+    options |= {"color_scheme": scheme, "reduced_motion": "reduce"}
+    with opened(browser, unusual_url, **options) as console:
+        for name in ("many", "two", "coloured"):
+            console.choose(name)
+            check(console, name)
+    with opened(browser, url, **options) as console:
         states: dict[str, Callable[[], object]] = {
             "digits": lambda: console.choose("digits"),
             "drawn": lambda: console.draw(DIGITS["2"]),
@@ -40,11 +63,7 @@ def test_axe_finds_nothing_wrong_in_any_state(
         }
         for name, enter in states.items():
             enter()
-            assert (name, finding(console)) == (name, [])
-            width = console.page.evaluate(
-                "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-            )
-            assert (name, width[0]) == (name, width[1])
+            check(console, name)
 
 
 def test_axe_finds_nothing_wrong_with_the_question_for_a_key(

@@ -18,7 +18,7 @@ def test_passes_scatter_as_the_models_p_has_it(console: Console) -> None:
         console.all_shown(100)
         text = console.text("#sites")
         assert f"p = {p}, " in text
-        kept = [float(each) for each in re.findall(r"Kept in all passes: ([\d.]+),", text)]
+        kept = [float(each) for each in re.findall(r"Share kept, over all passes: ([\d.]+);", text)]
         assert kept == pytest.approx([1 - p] * 2, abs=0.02)
         first = re.findall(r"First pass: (\d+) of 256 units kept", text)
         assert [int(each) / 256 for each in first] == pytest.approx([1 - p] * 2, abs=0.15)
@@ -46,7 +46,7 @@ def test_a_double_models_gap_is_seen_and_explained(console: Console) -> None:
     lengths = {}
     for name in ("digits", "double"):
         console.choose(name)
-        answer = console.press("Example of 0")
+        answer = console.example("0")
         explained = console.page.locator("#why-double")
         assert explained.is_visible() == (name == "double")
         lengths[name] = console.page.locator(".between").first.evaluate("e => e.offsetWidth")

@@ -79,13 +79,13 @@ def test_what_is_asked_about_is_what_is_seen(console: Console) -> None:
 
 
 def test_real_examples_come_with_their_true_answer(console: Console) -> None:
-    answer = console.press("Example of 4")
+    answer = console.example("4")
     assert answer["labels"] == ["4"]
     assert console.text("#truth").startswith("Truly: 4.")
 
 
 def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
-    before = console.press("Example of 1")
+    before = console.example("1")
     area = console.page.locator("#drawing")
     box = area.bounding_box()
     assert box
@@ -100,11 +100,64 @@ def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
     assert after["predictive_entropy"][0] > 3 * before["predictive_entropy"][0]
 
 
+def test_two_fingers_draw_two_lines(browser: Browser, url: str) -> None:
+    with opened(browser, url, **PHONE) as console:
+        console.choose("digits")
+        console.press("Blank")
+        area = console.page.locator("#drawing")
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
+        assert box
+        touch = console.page.context.new_cdp_session(console.page)
+        for kind, y in (("touchStart", 0.1), *(("touchMove", 0.1 + 0.1 * i) for i in range(1, 9))):
+            places = [
+                {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "id": finger}
+                for finger, x in enumerate((0.15, 0.85))
+            ]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        console.answered()
+        console.press("Ask")
+        (row,) = console.request()["inputs"]
+        rows = [row[8 * y : 8 * y + 8] for y in range(8)]
+        assert all(line[0] + line[1] > 8 and line[6] + line[7] > 8 for line in rows)
+        assert all(line[3] == line[4] == 0 for line in rows)
+        assert console.errors == []
+
+
+def test_a_preset_ends_what_is_being_drawn(console: Console) -> None:
+    area = console.page.locator("#drawing")
+    area.hover()
+    console.page.mouse.down()
+    noise = console.page.get_by_role("button", name="Noise")
+    noise.dispatch_event("click")
+    console.page.mouse.move(300, 300, steps=3)
+    console.page.mouse.up()
+    console.answered()
+    assert console.text("#truth") == "Every pixel at random."
+
+
+def test_images_of_three_channels_are_shown_in_colour(browser: Browser, unusual_url: str) -> None:
+    with opened(browser, unusual_url) as console:
+        console.choose("coloured")
+        for place, label in enumerate(("red", "green", "blue")):
+            assert console.example(label)["labels"] == [label]
+            seen = console.page.locator("#seen").evaluate(
+                """canvas => [canvas.width, canvas.height, ...canvas.getContext("2d")
+                    .getImageData(4, 3, 1, 1).data]"""
+            )
+            assert seen[:2] == [9, 6]
+            assert seen[2 + place] == max(seen[2:5]) > 150
+        console.draw(DIGITS["0"])
+        assert len(console.request()["inputs"][0]) == 3 * 6 * 9
+        assert console.errors == []
+
+
 @pytest.mark.parametrize("preset", ["Blank", "Noise", "Two overlaid", "A letter"])
 def test_what_should_fool_the_network_leaves_it_less_sure_than_its_examples(
     console: Console, preset: str
 ) -> None:
-    sure = [console.press(f"Example of {label}") for label in ("0", "4", "7")]
+    sure = [console.example(f"{label}") for label in ("0", "4", "7")]
     answer = console.press(preset)
     for measure in ("predictive_entropy", "mutual_information"):
         assert answer[measure][0] > 2 * max(each[measure][0] for each in sure)

@@ -2,16 +2,18 @@
 
 import json
 import shlex
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Error, Route, expect
 
 from tests import bundles
 from tests.conftest import service
 from tests.console.browser import Console, opened
 from tests.console.strokes import DIGITS
+from tests.console.unusual import EVIL
 from tests.end_to_end.test_access import new_key
 
 pytestmark = pytest.mark.browser
@@ -22,6 +24,10 @@ REFUSED = "Failed to load resource: the server responded with a status of "
 def test_the_curl_line_asks_for_the_same_again(console: Console) -> None:
     answer = console.press("Noise")
     words = shlex.split(console.page.locator("#curl").input_value())
+    console.set(seed="")
+    answer = console.press("Ask")
+    words = shlex.split(console.page.locator("#curl").input_value())
+    assert console.request()["seed"] == answer["seed"]
     assert words[:3] == ["curl", "-H", "Content-Type: application/json"]
     again = httpx.post(words[-1], json=console.request()).json()
     assert again == answer
@@ -59,13 +65,136 @@ def test_what_is_not_allowed_is_said_in_the_services_words(
 
 
 def test_a_service_that_is_gone_is_said_to_be(browser: Browser, built: Path) -> None:
-    with service(built / "models") as client:
-        context = opened(browser, str(client.base_url))
-        console = context.__enter__()
+    with ExitStack() as stack:
+        with service(built / "models") as client:
+            console = stack.enter_context(opened(browser, str(client.base_url)))
+            console.choose("digits")
+        console.page.get_by_role("button", name="Ask", exact=True).click()
+        alert = console.page.get_by_role("alert")
+        expect(alert).to_have_text("The service does not answer.")
+
+
+def test_what_is_not_the_services_answer_is_not_taken_for_one(browser: Browser, url: str) -> None:
+    with opened(browser, url) as console:
         console.choose("digits")
-    console.page.get_by_role("button", name="Ask", exact=True).click()
-    expect(console.page.get_by_role("alert")).to_have_text("The service does not answer.")
-    context.__exit__(None, None, None)
+        console.page.route("**/debug/mc", lambda route: route.fulfill(body="<h1>Log in</h1>"))
+        console.press_only("Ask")
+        expect(console.page.get_by_role("alert")).to_have_text(
+            "Something else than the service has answered (200)."
+        )
+        console.answered()
+        assert not console.page.locator("#answers").is_visible()
+
+
+def hold(console: Console, pattern: str) -> list[Route]:
+    """Keep the next request of a kind from the service, until it is told to go on."""
+    held: list[Route] = []
+
+    def handle(route: Route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    console.page.route(pattern, handle)
+    return held
+
+
+def test_an_answer_that_comes_late_is_not_shown_for_what_was_asked_since(
+    browser: Browser, url: str
+) -> None:
+    with opened(browser, url) as console:
+        console.choose("digits")
+        held = hold(console, "**/debug/mc")
+        console.press_only("Noise")
+        console.page.wait_for_timeout(300)
+        shown = console.choose("double")
+        with suppress(Error):
+            held[0].continue_()
+        console.page.wait_for_timeout(300)
+        assert shown["model"] == "double"
+        assert console.text("#answered-by").startswith("double, version 1, ")
+        assert console.errors == []
+
+
+def test_until_a_model_has_answered_no_answer_stands_under_its_name(
+    browser: Browser, url: str
+) -> None:
+    with opened(browser, url) as console:
+        console.choose("digits")
+        held = hold(console, "**/debug/mc")
+        console.page.get_by_label("Model").select_option("diabetes 1")
+        expect(console.page.locator("#features")).to_be_visible()
+        console.page.wait_for_timeout(200)
+        assert not console.page.locator("#answers").is_visible()
+        held[0].continue_()
+        console.answered()
+        assert console.text("#headline").startswith("progression: ")
+
+
+def test_what_went_wrong_with_a_model_that_is_no_longer_picked_is_not_said(
+    browser: Browser, url: str
+) -> None:
+    with opened(browser, url) as console:
+        console.choose("digits")
+        held = hold(console, "**/models/diabetes/**")
+        console.page.get_by_label("Model").select_option("diabetes 1")
+        console.page.wait_for_timeout(200)
+        console.choose("double")
+        with suppress(Error):
+            held[0].fulfill(status=404, body='{"detail": "no model"}')
+        console.page.wait_for_timeout(200)
+        assert not console.page.get_by_role("alert").is_visible()
+        assert console.text("#answered-by").startswith("double, ")
+
+
+def test_a_model_that_is_gone_is_said_to_be(browser: Browser, built: Path) -> None:
+    with (
+        service(built / "models") as client,
+        opened(browser, str(client.base_url)) as console,
+    ):
+        console.choose("digits")
+        assert client.post("/v2/repository/models/digits/unload").status_code == 200
+        console.press_only("Ask")
+        alert = console.page.get_by_role("alert")
+        expect(alert).to_contain_text("no model 'digits'; served are: diabetes, double (404)")
+        expect(alert).to_contain_text("Load the page again")
+
+
+def test_a_service_that_begins_to_ask_for_keys_is_given_one(
+    browser: Browser, built: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    key = new_key(file, "predict", "debug")
+    with ExitStack() as stack:
+        with service(built / "models") as client:
+            console = stack.enter_context(opened(browser, str(client.base_url)))
+            console.choose("digits")
+            port = str(client.base_url.port)
+        stack.enter_context(
+            service(built / "models", DROPSERVE_API_KEYS_FILE=str(file), DROPSERVE_PORT=port)
+        )
+        console.press_only("Ask")
+        box = console.page.get_by_label("API key")
+        expect(box).to_be_visible()
+        box.fill("ключ")
+        console.press_only("Use it")
+        expect(console.page.get_by_role("alert")).to_have_text("A key has no such characters.")
+        box.fill(key)
+        answer = console.answer_of(lambda: console.press_only("Use it"))
+        assert answer["model"] == "digits"
+        assert box.input_value() == ""
+
+
+@pytest.mark.parametrize("seed", ["9007199254740993", "1e400", "1.5"])
+def test_a_seed_that_a_page_cannot_hold_is_refused_and_not_changed(
+    browser: Browser, url: str, seed: str
+) -> None:
+    with opened(browser, url) as console:
+        console.choose("digits")
+        console.set(seed=seed)
+        expect(console.page.get_by_role("alert")).to_contain_text("seed: ")
+        assert console.request()["seed"] == seed
 
 
 def test_without_debug_it_does_without_the_passes_and_says_so(
@@ -143,23 +272,24 @@ def test_a_key_that_is_not_for_the_passes_shows_the_rest(
 
 
 def test_names_of_others_are_text_and_never_html(
-    browser: Browser, built: Path, tmp_path: Path
+    browser: Browser, built: Path, unusual: Path, tmp_path: Path
 ) -> None:
-    evil = "<img src=x onerror=document.title='hit'>"
-    manifest = json.loads((built / "models" / "digits" / "1" / "manifest.json").read_text())
-    outputs = manifest["outputs"] | {"labels": [f"{evil}{i}" for i in range(10)]}
-    sites = [site | {"name": f"{evil}{i}"} for i, site in enumerate(manifest["sites"])]
-    bundles.publish(
-        *(built / "models" / "digits" / "1", tmp_path / "digits" / "1"),
-        **{"outputs": outputs, "sites": sites},
-    )
+    place = built / "models" / "digits" / "1"
+    sites = json.loads((place / "manifest.json").read_text())["sites"]
+    named = [site | {"name": f"{EVIL}{i}"} for i, site in enumerate(sites)]
+    bundles.publish(place, tmp_path / "digits" / "1", sites=named)
+    for name in ("many", "two"):
+        bundles.publish(unusual / name / "1", tmp_path / name / "1")
     with (
         service(tmp_path) as client,
         opened(browser, str(client.base_url)) as console,
     ):
-        console.answered()
-        expect(console.page.locator(".classes .top th")).to_contain_text(evil)
-        expect(console.page.locator("#sites")).to_contain_text(evil)
+        for model, where in (
+            *(("digits", "#sites"), ("many", "#features"), ("many", "#gaps"), ("two", "#answer")),
+            *(("two", "#headline"), ("two", "#gaps")),
+        ):
+            console.choose(model)
+            expect(console.page.locator(where)).to_contain_text(EVIL)
         assert console.page.locator("img").count() == 0
         assert console.page.title() == "dropserve console"
         assert console.errors == []
