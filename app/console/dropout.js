@@ -87,6 +87,17 @@ function distances({ task }, answer, point) {
 }
 
 /**
+ * How an output is written: a probability, or a value as finely as its mean is known.
+ * @param {Model} model
+ * @param {Answer} answer
+ * @param {number} c
+ * @returns {(x: number) => string}
+ */
+function writer({ task }, answer, c) {
+	return task === "classification" ? share : (x) => number(x, answer.standard_error?.[0][c]);
+}
+
+/**
  * Say where eval mode is farthest from the passes.
  * @param {Model} model
  * @param {Answer} answer
@@ -96,12 +107,12 @@ function distances({ task }, answer, point) {
 function summary(model, answer, point, gaps) {
 	const apart = distances(model, answer, point);
 	const c = apart.indexOf(Math.max(...apart));
-	const error = answer.standard_error?.[0][c];
+	const write = writer(model, answer, c);
 	const what = model.task === "classification" ? "Class " : "";
 	const far = gaps ? `, ${number(Math.abs(gaps[c]))} standard errors apart` : "";
 	return (
-		`${what}${model.outputs.labels[c]}: eval mode says ${number(point[c], error)}, ` +
-		`the passes ${number(answer.mean[0][c], error)} on average${far}.`
+		`${what}${model.outputs.labels[c]}: eval mode says ${write(point[c])}, ` +
+		`the passes ${write(answer.mean[0][c])} on average${far}.`
 	);
 }
 
@@ -131,8 +142,8 @@ function rows(model, answer, point, gaps) {
 		const made = clone("gap-template");
 		write(made, {
 			label: labels[c],
-			point: number(point[c], error),
-			mean: number(mean[c], error),
+			point: writer(model, answer, c)(point[c]),
+			mean: writer(model, answer, c)(mean[c]),
 			gap: gaps ? number(gaps[c]) : "",
 		});
 		place(find(made, ".between"), left, right);
