@@ -14,6 +14,7 @@ from app.api import problems, reply
 from app.api.gate import Gate
 from app.api.inference import version_number
 from app.errors import Forbidden
+from app.repository import Examples
 from app.service import Service
 
 FOLDER = Path(__file__).parents[1] / "console"
@@ -82,21 +83,26 @@ def router(
     async def describe(name: str, version: str, request: Request) -> Response:
         """Describe a model: its manifest, its examples, and whether passes are shown."""
         engine = service.models.find(name, version_number(version)).engine
-        manifest, (inputs, truths) = engine.manifest, engine.examples
-        most = max(1, MOST_VALUES // inputs[0].size)
+        manifest = engine.manifest
         return reply.response(
             manifest.model_dump(mode="json", include=TOLD)
             | {
                 "verification": manifest.provenance.verification.model_dump(),
-                "examples": [
-                    {"input": row, "truth": truth}
-                    for row, truth in zip(inputs[:most], truths[:most], strict=True)
-                ],
+                "examples": told(engine.examples),
                 "debug": debug and may_debug(gate, request),
             }
         )
 
     return routes
+
+
+def told(examples: Examples) -> list[dict[str, object]]:
+    """Choose the examples that the page is told: of large inputs not all."""
+    most = max(1, MOST_VALUES // examples.inputs[0].size)
+    return [
+        {"input": row, "truth": truth}
+        for row, truth in zip(examples.inputs[:most], examples.truths[:most], strict=True)
+    ]
 
 
 def may_debug(gate: Gate, request: Request) -> bool:

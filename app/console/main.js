@@ -93,7 +93,7 @@ async function show() {
 	const inputs = [input.row()];
 	const [passes, seed, interval] = ["passes", "seed", "interval"].map((name) => {
 		const x = typed(control(name).value);
-		// Greater ones would be others, and no word said.
+		// A greater one would become another, and nobody would be told.
 		return name === "seed" && !Number.isSafeInteger(x) ? control(name).value : x;
 	});
 	const body = { ...who, inputs, passes, interval, masks: control("masks").value };
