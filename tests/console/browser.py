@@ -90,25 +90,43 @@ class Console:
         self.answered()
         return self.press("Ask")
 
-    def draw(self, strokes: Sequence[Sequence[Point]]) -> dict[str, Any]:
-        """Draw with the mouse, on a blank area."""
-        self.press("Blank")
-
+    def area(self) -> Callable[[Point], Point]:
+        """Bring the drawing area into view; return where on the screen its points are."""
         area = self.page.locator("#drawing")
         area.scroll_into_view_if_needed()
         box = area.bounding_box()
         assert box
+        left, top, width, height = (box[side] for side in ("x", "y", "width", "height"))
+        return lambda point: (left + point[0] * width, top + point[1] * height)
+
+    def draw(self, strokes: Sequence[Sequence[Point]]) -> dict[str, Any]:
+        """Draw with the mouse, on a blank area."""
+        self.press("Blank")
+        on_screen = self.area()
         mouse = self.page.mouse
-        for stroke in strokes:
-            places = [
-                (box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in stroke
-            ]
-            mouse.move(*places[0])
+        for first, *others in strokes:
+            mouse.move(*on_screen(first))
             mouse.down()
-            for place in places[1:]:
-                mouse.move(*place, steps=4)
+            for point in others:
+                mouse.move(*on_screen(point), steps=4)
             mouse.up()
         # Parts of it may have been asked about, too; what counts is the last answer.
+        self.answered()
+        return self.press("Ask")
+
+    def touch(self, *fingers: Sequence[Point]) -> dict[str, Any]:
+        """Draw with fingers at a time, on a blank area: each goes through as many points."""
+        self.press("Blank")
+        on_screen = self.area()
+        session = self.page.context.new_cdp_session(self.page)
+        for number, points in enumerate(zip(*fingers, strict=True)):
+            places = [on_screen(point) for point in points]
+            event = {
+                "type": "touchMove" if number else "touchStart",
+                "touchPoints": [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(places)],
+            }
+            session.send("Input.dispatchTouchEvent", event)
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         self.answered()
         return self.press("Ask")
 

@@ -26,30 +26,15 @@ def test_a_digit_may_be_drawn_small_and_in_a_corner(console: Console) -> None:
 
 
 def test_a_digit_may_be_drawn_with_a_finger(browser: Browser, url: str) -> None:
+    (corners,) = DIGITS["7"]
+    way = [
+        (x + (to_x - x) * part / 8, y + (to_y - y) * part / 8)
+        for (x, y), (to_x, to_y) in pairwise(corners)
+        for part in range(9)
+    ]
     with opened(browser, url, **PHONE) as console:
         console.choose("digits")
-        console.press("Blank")
-        area = console.page.locator("#drawing")
-        area.scroll_into_view_if_needed()
-        box = area.bounding_box()
-        assert box
-        touch = console.page.context.new_cdp_session(console.page)
-
-        def move(kind: str, *points: tuple[float, float]) -> None:
-            places = [
-                {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
-                for x, y in points
-            ]
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
-
-        (stroke,) = DIGITS["7"]
-        move("touchStart", stroke[0])
-        for (x, y), (to_x, to_y) in pairwise(stroke):
-            for part in range(1, 9):
-                move("touchMove", (x + (to_x - x) * part / 8, y + (to_y - y) * part / 8))
-        move("touchEnd")
-        console.answered()
-        assert console.press("Ask")["labels"] == ["7"]
+        assert console.touch(way)["labels"] == ["7"]
         assert console.errors == []
 
 
@@ -86,13 +71,10 @@ def test_real_examples_come_with_their_true_answer(console: Console) -> None:
 
 def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
     before = console.example("1")
-    area = console.page.locator("#drawing")
-    box = area.bounding_box()
-    assert box
-    middle, height = box["y"] + box["height"] / 2, box["height"]
-    console.page.mouse.move(box["x"] + 0.1 * box["width"], middle)
+    on_screen = console.area()
+    console.page.mouse.move(*on_screen((0.1, 0.5)))
     console.page.mouse.down()
-    console.page.mouse.move(box["x"] + 0.9 * box["width"], middle + 0.2 * height, steps=5)
+    console.page.mouse.move(*on_screen((0.9, 0.7)), steps=5)
     console.page.mouse.up()
     console.answered()
     after = console.press("Ask")
@@ -101,23 +83,10 @@ def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
 
 
 def test_two_fingers_draw_two_lines(browser: Browser, url: str) -> None:
+    left, right = ([(x, 0.1 * step) for step in range(1, 10)] for x in (0.15, 0.85))
     with opened(browser, url, **PHONE) as console:
         console.choose("digits")
-        console.press("Blank")
-        area = console.page.locator("#drawing")
-        area.scroll_into_view_if_needed()
-        box = area.bounding_box()
-        assert box
-        touch = console.page.context.new_cdp_session(console.page)
-        for kind, y in (("touchStart", 0.1), *(("touchMove", 0.1 + 0.1 * i) for i in range(1, 9))):
-            places = [
-                {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "id": finger}
-                for finger, x in enumerate((0.15, 0.85))
-            ]
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
-        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        console.answered()
-        console.press("Ask")
+        console.touch(left, right)
         (row,) = console.request()["inputs"]
         rows = [row[8 * y : 8 * y + 8] for y in range(8)]
         assert all(line[0] + line[1] > 8 and line[6] + line[7] > 8 for line in rows)
