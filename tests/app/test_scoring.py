@@ -47,7 +47,9 @@ def score(
 ) -> subprocess.CompletedProcess[str]:
     """Score a file with the diabetes model."""
     models = ["--models", str(built / "models"), "--model", "diabetes", "--device", "cpu"]
-    return run_here(main, "score", str(source), str(target), *models, *options)
+    command = ("score", str(source), str(target), *models, *options)
+    # Ray, and the warnings of its libraries, are better left to a process that ends.
+    return run("app", *command) if "--ray" in options else run_here(main, *command)
 
 
 def write(path: Path, rows: int, built: Path, spoiled: int | None = None) -> Path:
