@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -86,8 +87,8 @@ def test_what_is_not_the_services_answer_is_not_taken_for_one(browser: Browser, 
         assert not console.page.locator("#answers").is_visible()
 
 
-def hold(console: Console, pattern: str) -> list[Route]:
-    """Keep the next request of a kind from the service, until it is told to go on."""
+def hold(console: Console, pattern: str, act: Callable[[], object]) -> Route:
+    """Do something, and keep the request of a kind that follows from the service."""
     held: list[Route] = []
 
     def handle(route: Route) -> None:
@@ -97,7 +98,11 @@ def hold(console: Console, pattern: str) -> list[Route]:
             held.append(route)
 
     console.page.route(pattern, handle)
-    return held
+    with console.page.expect_request(pattern):
+        act()
+    while not held:
+        console.page.wait_for_timeout(20)
+    return held[0]
 
 
 def test_an_answer_that_comes_late_is_not_shown_for_what_was_asked_since(
@@ -105,12 +110,10 @@ def test_an_answer_that_comes_late_is_not_shown_for_what_was_asked_since(
 ) -> None:
     with opened(browser, url) as console:
         console.choose("digits")
-        held = hold(console, "**/debug/mc")
-        console.press_only("Noise")
-        console.page.wait_for_timeout(300)
+        held = hold(console, "**/debug/mc", lambda: console.press_only("Noise"))
         shown = console.choose("double")
         with suppress(Error):
-            held[0].continue_()
+            held.continue_()
         console.page.wait_for_timeout(300)
         assert shown["model"] == "double"
         assert console.text("#answered-by").startswith("double, version 1, ")
@@ -122,12 +125,11 @@ def test_until_a_model_has_answered_no_answer_stands_under_its_name(
 ) -> None:
     with opened(browser, url) as console:
         console.choose("digits")
-        held = hold(console, "**/debug/mc")
-        console.page.get_by_label("Model").select_option("diabetes 1")
+        model = console.page.get_by_label("Model")
+        held = hold(console, "**/debug/mc", lambda: model.select_option("diabetes 1"))
         expect(console.page.locator("#features")).to_be_visible()
-        console.page.wait_for_timeout(200)
         assert not console.page.locator("#answers").is_visible()
-        held[0].continue_()
+        held.continue_()
         console.answered()
         assert console.text("#headline").startswith("progression: ")
 
@@ -137,12 +139,11 @@ def test_what_went_wrong_with_a_model_that_is_no_longer_picked_is_not_said(
 ) -> None:
     with opened(browser, url) as console:
         console.choose("digits")
-        held = hold(console, "**/models/diabetes/**")
-        console.page.get_by_label("Model").select_option("diabetes 1")
-        console.page.wait_for_timeout(200)
+        model = console.page.get_by_label("Model")
+        held = hold(console, "**/models/diabetes/**", lambda: model.select_option("diabetes 1"))
         console.choose("double")
         with suppress(Error):
-            held[0].fulfill(status=404, body='{"detail": "no model"}')
+            held.fulfill(status=404, body='{"detail": "no model"}')
         console.page.wait_for_timeout(200)
         assert not console.page.get_by_role("alert").is_visible()
         assert console.text("#answered-by").startswith("double, ")
