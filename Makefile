@@ -8,7 +8,7 @@ INSTALL := $(if $(filter-out 0,$(shell id -u)),sudo) sh -c 'apt-get update && ap
 PEERS := litserve bentoml mlserver rayserve triton
 BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc-passes scaling startup-memory deployment gpu
 
-.PHONY: run setup test test-slow image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci first-paint $(BENCHMARKS) lock
+.PHONY: run setup test test-slow uci-test image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci first-paint $(BENCHMARKS) lock
 run: models/digits
 	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
 
@@ -35,6 +35,9 @@ build/kserve/installed: | setup
 
 test-slow: setup
 	$(PYTHON) -m pytest --dist loadscope -m slow
+
+uci-test: setup
+	$(PYTHON) -m pytest -n 0 -m uci
 
 image-test: setup
 	$(PYTHON) -m pytest -n 0 -m image

@@ -14,12 +14,10 @@ DATA = ROOT / uci.DATA_DIR
 README = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS, TRIALS = uci.read()
 
-# The data are others' and not committed: where they are not, what needs them cannot be tested.
-with_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets in {uci.DATA_DIR}")
 every_set = pytest.mark.parametrize("name", gal2016.PAPER)
 
 
-@with_data
+@pytest.mark.uci
 @every_set
 def test_every_split_parts_the_rows_into_those_to_train_on_and_those_to_test_on(name: str) -> None:
     data = gal2016.load(DATA / name)
@@ -30,7 +28,7 @@ def test_every_split_parts_the_rows_into_those_to_train_on_and_those_to_test_on(
     assert len({tuple(sorted(test_rows)) for _, test_rows in data.splits}) == 20
 
 
-@with_data
+@pytest.mark.uci
 def test_settings_are_tried_on_training_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     data = gal2016.load(DATA / "yacht")
     _, test_rows = data.splits[3]
@@ -43,8 +41,7 @@ def test_settings_are_tried_on_training_rows_alone(monkeypatch: pytest.MonkeyPat
     assert np.isfinite([(trial.rmse, trial.noise_std) for trial in trials]).all()
 
 
-@with_data
-@pytest.mark.slow
+@pytest.mark.uci
 def test_a_split_of_yacht_through_the_bundle_comes_out_as_it_did_last() -> None:
     data = gal2016.load(DATA / "yacht")
     for part in (uci.ONE_LAYER, uci.TUNED):
