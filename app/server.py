@@ -9,8 +9,10 @@ the port closes: such a connection is reset.
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +25,10 @@ from app.connection import Connection, State, readable
 
 # How long who has connected, or is about to ask again, is waited for once the port is closed.
 GRACE_SECONDS = 0.1
+# Linux's option for a socket's packet filter, which the module socket does not name, and a filter
+# of one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
+SO_ATTACH_FILTER = 26
+KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
 # Connections taken in one turn of the loop; more would leave other workers none.
 ACCEPT_AT_ONCE = 32
 
@@ -43,6 +49,9 @@ class Server(uvicorn.Server):
         Longest that answers are waited for after that; what is left then is cancelled.
     draining
         Called once, when draining begins.
+    alone
+        Whether no other process takes connections from the same port. Where one does, those who
+        connect in the moment in which the last of them closes it are reset.
     """
 
     server_state: State
@@ -54,11 +63,13 @@ class Server(uvicorn.Server):
         drain_delay: float,
         drain_seconds: float,
         draining: Callable[[], None],
+        alone: bool,
     ) -> None:
         super().__init__(config)
         self.server_state = State()
         self.drain_delay = drain_delay
         self.draining = draining
+        self.alone = alone
         self.ports: list[socket.socket] = []
         # The loop itself keeps only weak references to them.
         self.connecting: set[asyncio.Task[object]] = set()
@@ -146,11 +157,26 @@ class Server(uvicorn.Server):
     def _close(self, port: socket.socket) -> None:
         """Close a port, and take who waited in its queue, maybe with a request sent."""
         clients: list[socket.socket] = []
-        # With no turn of the loop, whose answers would have clients come again: only who comes
-        # between the last look and the end is lost. Where others listen too one may be faster.
+        if self.alone:
+            turn_away(port)
+        # With no turn of the loop, whose answers would have clients come again. Where others listen
+        # too one may be faster.
         with contextlib.suppress(OSError):
             while len(clients) < self.config.backlog and readable(port.fileno()):
                 clients.append(port.accept()[0])
         port.close()
         for client in clients:
             self._connect(client)
+
+
+def turn_away(port: socket.socket) -> None:
+    """Have the kernel drop what comes for a port, so that nobody can connect to it any more.
+
+    Whoever tries does so again by itself, a second later, and is refused once the port is closed.
+    Those whose connections wait to be taken lose nothing but time.
+    """
+    program = ctypes.create_string_buffer(KEEP_NOTHING)
+    value = struct.pack("HP", 1, ctypes.addressof(program))
+    # A system may know no filters.
+    with contextlib.suppress(OSError):
+        port.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, value)

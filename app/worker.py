@@ -108,6 +108,7 @@ class Worker:
             drain_delay=settings.drain_delay_seconds,
             drain_seconds=settings.drain_seconds,
             draining=self.application.drain,
+            alone=self.alone,
         )
 
     def serve(self, listener: socket.socket) -> None:
