@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -118,8 +119,9 @@ def test_a_client_that_leaves_costs_nothing_more(served: httpx.Client, examples:
     assert answer.status_code == 200
 
 
-def test_workers_share_a_port_and_one_that_dies_is_replaced(
-    built: Path, served: httpx.Client, examples: Examples
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_share_a_port_and_one_that_dies_or_ends_is_replaced(
+    built: Path, served: httpx.Client, examples: Examples, number: signal.Signals
 ) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:2], "seed": 5}
     expected = served.post("/uncertainty", json=body).json()
@@ -137,7 +139,7 @@ def test_workers_share_a_port_and_one_that_dies_is_replaced(
         for _ in range(10):
             check(httpx.post(url, json=body, timeout=PATIENCE).json())
         first, _ = children(pid)
-        os.kill(first, 9)
+        os.kill(first, number)
         wait_for(lambda: len(children(pid) - {first}) == 2)
         for _ in range(10):
             check(httpx.post(url, json=body, timeout=PATIENCE).json())
