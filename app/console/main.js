@@ -101,9 +101,9 @@ async function show() {
 	const path = model.debug ? "debug/mc" : "uncertainty";
 	line.value = curl(path, seeded);
 	byId("copied").textContent = "";
-	const start = performance.now();
+	const sent = performance.now();
 	const answer = await ask(path, seeded, signal);
-	const took = performance.now() - start;
+	const took = performance.now() - sent;
 	line.value = curl(path, { ...body, seed: answer.seed });
 	let masks = null;
 	let deterministic;
