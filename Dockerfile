@@ -22,6 +22,7 @@ RUN if [ -n "$TORCH_INDEX" ]; then \
     fi \
     && python deploy/requirements.py cpu train > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
+COPY dropserve dropserve
 COPY model model
 COPY export export
 RUN python -m model train --data digits --out /runs/digits \
@@ -41,6 +42,7 @@ RUN python -m venv --without-pip /opt/dropserve \
 
 FROM build AS project
 COPY README.md ./
+COPY dropserve dropserve
 COPY model model
 COPY export export
 COPY app app
@@ -49,7 +51,7 @@ RUN pip install --no-deps --target /project .
 FROM python:3.11-slim-bookworm AS served
 LABEL org.opencontainers.image.title="dropserve" \
       org.opencontainers.image.description="Predictions of networks with dropout, and how sure they are of them" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.2.0"
 # PYTHONSAFEPATH: what is mounted at /app or /export is never taken for the code.
 ENV PATH=/opt/dropserve/bin:$PATH \
     PYTHONPATH=/project \
@@ -62,7 +64,7 @@ COPY --from=project /project /project
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('DROPSERVE_PORT', 8000)), timeout=2); c.request('GET', '/health/ready'); sys.exit(c.getresponse().status != 200)"]
-ENTRYPOINT ["python", "-m", "app"]
+ENTRYPOINT ["python", "-m", "dropserve.app"]
 
 FROM served AS cuda
 # Not auto: what was meant for a GPU should not run on a CPU unnoticed.

@@ -1,98 +1,16 @@
-"""``python -m app``: serve a folder of bundles."""
+"""``python -m app``: serve a folder of bundles; with ``score`` or ``key``, that command."""
 
-import logging
-import resource
-import signal
-import socket
 import sys
-from functools import partial
 
-from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
-
-from app import key_command, logs
-from app.errors import StartError
-from app.models import load_engines
-from app.settings import Settings
-from app.supervisor import Keep, supervise
-from app.worker import Reload, Worker, fold, kept, read_keys, serve_as_worker
-
-# Connections that wait to be taken; more than a burst of clients opens at once.
-BACKLOG = 2048
-# What workers get to end in, beyond the time to drain, before they are killed.
-MARGIN_SECONDS = 5
-
-log = logging.getLogger("app")
+from dropserve.commandline import run, start
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    if sys.argv[1:2] == ["key"]:
-        return key_command.command(sys.argv[2:])
-    if sys.argv[1:2] == ["score"]:
-        try:
-            from app import score_command
-        except ModuleNotFoundError as error:
-            print(f"error: score needs {error.name}: install the extra 'score'", file=sys.stderr)
-            return 1
-        return score_command.command(sys.argv[2:])
-    try:
-        settings = CliApp.run(Settings)
-    except SettingsError as error:
-        print(f"python -m app: error: {str(error).partition(': ')[2]}", file=sys.stderr)
-        return 2
-    except ValidationError as error:
-        found = error.errors()
-        # An option that may be one thing or another has an error for each.
-        option = found[0]["loc"][0]
-        said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
-        print(f"python -m app: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
-        return 2
-    logs.configure(logging.INFO)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Until there is something to drain.
-        signal.signal(number, lambda *_: sys.exit(0))
-    # What that asks to be read again is being read.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # A connection is an open file, and what a shell allows may be few.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    workers, threads = settings.sized()
-    try:
-        # With several workers this is only to find what is wrong once, before they start.
-        read_keys(settings)
-        engines = load_engines(settings.models, settings.device, threads)
-    except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    try:
-        listener = listen(settings.host, settings.port)
-    except OSError as error:
-        print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
-        return 1
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    many = "1 worker" if workers == 1 else f"{workers} workers"
-    log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
-    worker = Worker(settings, engines) if workers == 1 else None
-    # What is unloaded is to be let go of.
-    del engines
-    if worker:
-        worker.serve(listener)
-        return 0
-    return supervise(
-        partial(serve_as_worker, settings, threads, listener),
-        workers,
-        closing=listener.close,
-        on_hangup=Reload(),
-        keep=Keep(kept, fold),
-        stop_seconds=settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS,
-    )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the port, before anything is said to be there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    prog, arguments = "python -m app", sys.argv[1:]
+    if arguments[:1] in (["score"], ["key"]):
+        return run(prog, "Serve bundles.", ("score", "key"), arguments)
+    return start("serve", prog, arguments)
 
 
 if __name__ == "__main__":

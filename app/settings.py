@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.call import MAX_TIMEOUT_MS
-from app.cpus import available
-from app.service import QUEUE_ROWS
+from dropserve.app.inference.service import QUEUE_ROWS
+from dropserve.app.observability.record import MAX_TIMEOUT_MS
+from dropserve.app.processes.cpus import available
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 

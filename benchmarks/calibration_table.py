@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import datasets, evaluation
-from model.bootstrap import Estimate
-from model.calibration import fit_temperature
-from model.evaluation import Floats, class_probabilities, classification_metrics
-from model.networks import NetworkConfig
-from model.report import report
-from model.training import TrainingConfig, train
+from dropserve.model import datasets, evaluation
+from dropserve.model.bootstrap import Estimate
+from dropserve.model.calibration import fit_temperature
+from dropserve.model.evaluation import Floats, class_probabilities, classification_metrics
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.report import report
+from dropserve.model.training import TrainingConfig, train
 
 SPLITS = {0.5: range(12), 0.2: range(6)}  # by p
 DEFAULT_P = 0.5

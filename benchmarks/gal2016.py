@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.datasets import Dataset
+from dropserve.model.datasets import Dataset
 
 SPLITS = 20
 Rows = NDArray[np.int64]

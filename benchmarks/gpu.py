@@ -22,14 +22,14 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, load_from_string, numpy_helper
 
-from app import repository
-from app.device import OPTIONS, PROVIDERS, Device, check_present
-from app.engine import Engine
-from app.errors import DeviceUnavailable
-from app.masks import NUMBERS_A_BLOCK, MaskStream
 from benchmarks import network, timing
-from export import half_precision
-from export.bundle import ROWS as ROWS_INPUT
+from dropserve.app.bundles import loader
+from dropserve.app.errors import DeviceUnavailable
+from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.providers import OPTIONS, PROVIDERS, Device, check_present
+from dropserve.app.uncertainty.masks import NUMBERS_A_BLOCK, MaskStream
+from dropserve.export import half_precision
+from dropserve.export.bundle import ROWS as ROWS_INPUT
 
 WIDTHS = (256, 1024)
 ROWS = (1, 16, 64, 256)
@@ -68,7 +68,7 @@ def measure(
     found: list[timing.Row] = []
     rate = product_rate(device)
     for width in widths:
-        bundle = repository.read(network.models(width) / "digits" / "1")
+        bundle = loader.read(network.models(width) / "digits" / "1")
         engine, cpu = Engine(bundle, device), Engine(bundle, "cpu")
         for count in rows:
             works, parity = alternatives(bundle, engine, cpu, count)
@@ -93,7 +93,7 @@ def measure(
 
 
 def alternatives(
-    bundle: repository.Bundle, engine: Engine, cpu: Engine, count: int
+    bundle: loader.Bundle, engine: Engine, cpu: Engine, count: int
 ) -> tuple[dict[str, Work], float]:
     """Return the ways to run passes of ``count`` rows, by name, and how far the device is off."""
     manifest, generator = engine.manifest, np.random.default_rng(count)

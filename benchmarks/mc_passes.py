@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from app.models import load_engines
-from app.service import Query, Service
 from benchmarks import network, timing
-from export.trace import swap_dropouts
-from model import checkpoint
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query, Service
+from dropserve.export.trace import swap_dropouts
+from dropserve.model import checkpoint
 
 PASSES = 100
 BATCHES = (1, 16, 64)

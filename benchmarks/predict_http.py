@@ -290,7 +290,7 @@ def torch_loop(inputs: list[Any]) -> dict[str, Any]:
     """Time 100 train-mode passes of a row in a loop, in a process of its own."""
     code = (
         "import sys, json, torch; from benchmarks import mc_passes, network, timing;"
-        "from model import checkpoint; torch.set_num_threads(1);"
+        "from dropserve.model import checkpoint; torch.set_num_threads(1);"
         "model = checkpoint.load(network.run()).model;"
         "x = torch.tensor(json.loads(sys.argv[1])).reshape(1, 8, 8);"
         "print(timing.interleaved({'': lambda: mc_passes.torch_loop(model, x)})[''])"

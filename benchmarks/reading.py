@@ -7,10 +7,11 @@ import json
 
 import numpy as np
 
-from app.api import body, tensors
-from app.api.schemas import PredictRequest
-from app.rows import read_rows
 from benchmarks import timing
+from dropserve.app.http import request_body
+from dropserve.app.http.schemas import PredictRequest
+from dropserve.app.http.v2 import codec
+from dropserve.app.inference.rows import read_rows
 
 ROWS, LENGTH = 1024, 64
 HEADERS = {b"content-type": b"application/json"}
@@ -27,10 +28,10 @@ def main() -> None:
     seconds = timing.interleaved(
         {
             "/predict": lambda: read_rows(
-                body.parse(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
+                request_body.parse(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
             ),
-            "Open Inference Protocol, JSON": lambda: tensors.read(listed, None),
-            "Open Inference Protocol, binary": lambda: tensors.read(binary, len(head)),
+            "Open Inference Protocol, JSON": lambda: codec.read(listed, None),
+            "Open Inference Protocol, binary": lambda: codec.read(binary, len(head)),
         }
     )
     fastest = min(seconds.values())

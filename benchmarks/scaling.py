@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 
-from app.models import load_engines
-from app.service import Query, Service
 from benchmarks import network, timing
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query, Service
 
 PASSES = (1, 10, 100, 1000, 10_000)
 ROWS = (1, 4, 16, 64, 256)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model import datasets
-from model.dropout import SCALINGS, Scaling
-from model.networks import NetworkConfig
-from model.training import TrainingConfig, train
+from dropserve.model import datasets
+from dropserve.model.dropout import SCALINGS, Scaling
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import TrainingConfig, train
 
 SEEDS = {"digits": range(3), "diabetes": range(5)}
 RESULT = Path(__file__).with_suffix(".json")

@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from app.api import tensors
 from benchmarks import network, timing
 from benchmarks.overload import PROBE_SECONDS, post, probe, served
+from dropserve.app.http.v2 import codec
 
 SECONDS, WARM_UP_SECONDS = 1200.0, 10.0
 RELOAD_SECONDS = 10.0
@@ -217,7 +217,7 @@ class Soak:
         if question.path != "/predict":
             return
         x = np.asarray(question.document["inputs"], np.float32).reshape(-1, 64)
-        content, length = tensors.write({}, [("x", x, True)])
+        content, length = codec.write({}, [("x", x, True)])
         # An answer is written as a request is, but for the name of the list.
         head = json.loads(content[:length])
         head = json.dumps(

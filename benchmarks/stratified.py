@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from app.engine import Engine
-from app.masks import KINDS, stream
-from app.models import load_engines
-from app.runs import as_answers, values
-from app.service import Query, Service
 from benchmarks import network, timing
-from model import checkpoint
+from dropserve.app.inference.batch import as_answers, values
+from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query, Service
+from dropserve.app.uncertainty.masks import KINDS, stream
+from dropserve.model import checkpoint
 
 DATA = ("digits", "diabetes")
 PS = (0.5, 0.1)

@@ -38,19 +38,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from app import runs
-from app.engine import Engine
-from app.masks import MaskStream
-from app.models import load_engines
-from app.runs import Draw
-from app.uncertainty import Samples
 from benchmarks import timing
 from benchmarks.gal2016 import PAPER, SPLITS, Data, Figure, load
-from export.__main__ import export
-from model import checkpoint, evaluation
-from model.datasets import Split
-from model.networks import NetworkConfig
-from model.training import Schedule, Trained, TrainingConfig, train
+from dropserve.app.inference import batch
+from dropserve.app.inference.batch import Draw
+from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.uncertainty.masks import MaskStream
+from dropserve.app.uncertainty.statistics import Samples
+from dropserve.export.pipeline import export
+from dropserve.model import checkpoint, evaluation
+from dropserve.model.datasets import Split
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import Schedule, Trained, TrainingConfig, train
 
 # As many as they took.
 PASSES = 10_000
@@ -265,7 +265,7 @@ def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder
 def passes(engine: Engine, x: NDArray[np.float32], seed: int) -> Samples:
     """Draw passes ``[T, B, C]`` of rows ``x [B, D]``, as the service does for a request."""
     stream = MaskStream(seed, engine.manifest.sites)
-    (samples,) = runs.draw(engine, [Draw(x, stream, range(len(x)), range(PASSES), None)])
+    (samples,) = batch.draw(engine, [Draw(x, stream, range(len(x)), range(PASSES), None)])
     # Neither a summary, since there is no level, nor an error.
     assert isinstance(samples, np.ndarray)
     return samples

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from export.sites import Site
-from export.verify import ROW_PASSES_AT_ONCE, SEED, Graph, draw_masks
-from model.datasets import Dataset
+from dropserve.export.sites import Site
+from dropserve.export.verify import ROW_PASSES_AT_ONCE, SEED, Graph, draw_masks
+from dropserve.model.datasets import Dataset
 
 PASSES = 100
 # More would tell no more, and make the manifest long: n rows bound the coverage within 1 / n.

@@ -9,9 +9,9 @@ units apart. The graph's inputs and output are as they were.
 import numpy as np
 import onnx_ir as ir
 
-from export.predict_graph import WEIGHT_OF_INPUT, constant, finish, is_constant
-from export.sites import ExportError
-from export.stochastic_graph import SUBGRAPHS, downstream
+from dropserve.export.predict_graph import WEIGHT_OF_INPUT, constant, finish, is_constant
+from dropserve.export.sites import ExportError
+from dropserve.export.stochastic_graph import SUBGRAPHS, downstream
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = float(np.finfo(np.float16).max)

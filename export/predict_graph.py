@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from export.sites import DOMAIN, MARKER, Site, sites_of
+from dropserve.export.sites import DOMAIN, MARKER, Site, sites_of
 
 # What may lie between a positive factor and the weights that take it: f(s * x) = s * f(x).
 COMMUTING = {

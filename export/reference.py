@@ -13,9 +13,9 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from export.sites import DOMAIN, ExportError, call_name
-from export.trace import KnownDropout, swap_dropouts
-from model.dropout import SCALINGS, factors
+from dropserve.export.sites import DOMAIN, ExportError, call_name
+from dropserve.export.trace import KnownDropout, swap_dropouts
+from dropserve.model.dropout import SCALINGS, factors
 
 Floats = NDArray[np.float32]
 Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]

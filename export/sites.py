@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from model.dropout import SCALINGS, Scaling, factors, mask_shape
+from dropserve.model.dropout import SCALINGS, Scaling, factors, mask_shape
 
 # What torch.onnx.ops.symbolic takes as an attribute.
 Attribute = (

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from export.bundle import ROWS
-from export.predict_graph import finish, fold_factors, multiply
-from export.sites import ExportError, Site, batch_dimension, sites_of
+from dropserve.export.bundle import ROWS
+from dropserve.export.predict_graph import finish, fold_factors, multiply
+from dropserve.export.sites import ExportError, Site, batch_dimension, sites_of
 
 PASSES = "passes"
 GRAPHS = ir.AttributeType.GRAPHS

@@ -20,8 +20,8 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from export.sites import DOMAIN, MARKER, ExportError, batch_dimension, marker_attributes
-from model.dropout import CustomDropout
+from dropserve.export.sites import DOMAIN, MARKER, ExportError, batch_dimension, marker_attributes
+from dropserve.model.dropout import CustomDropout
 
 INPUT = "x"
 OUTPUT = "output"

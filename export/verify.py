@@ -24,10 +24,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from export.bundle import PREDICT, ROWS, STOCHASTIC, Verification
-from export.reference import Floats, Masks, Reference, VerificationError
-from export.sites import Site
-from export.stochastic_graph import mask_input
+from dropserve.export.bundle import PREDICT, ROWS, STOCHASTIC, Verification
+from dropserve.export.reference import Floats, Masks, Reference, VerificationError
+from dropserve.export.sites import Site
+from dropserve.export.stochastic_graph import mask_input
 
 # Of the largest value of each output: each target counts in its own unit.
 TOLERANCE = 1e-5

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from model.evaluation import Floats, class_probabilities, classification_metrics
+from dropserve.model.evaluation import Floats, class_probabilities, classification_metrics
 
 # Standard deviation of the prior of log T; see fit_temperature. Of some from 0.1 up to none at all,
 # tried on splits of digits and of scikit-learn's wine and breast cancer data, the one that cost

@@ -22,9 +22,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model.datasets import Dataset, Split
-from model.networks import Model, NetworkConfig
-from model.training import Trained
+from dropserve.model.datasets import Dataset, Split
+from dropserve.model.networks import Model, NetworkConfig
+from dropserve.model.training import Trained
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "numpy", "scikit-learn")

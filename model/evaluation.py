@@ -13,9 +13,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, ndtr
 from torch import Tensor, nn
 
-from model.bootstrap import Statistic, mean_of, value
-from model.datasets import Dataset
-from model.dropout import independent, only_sites_in_train_mode, stratified
+from dropserve.model.bootstrap import Statistic, mean_of, value
+from dropserve.model.datasets import Dataset
+from dropserve.model.dropout import independent, only_sites_in_train_mode, stratified
 
 Floats = NDArray[np.float64]
 Masks = Literal["independent", "stratified"]

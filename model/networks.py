@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from model.dropout import CustomDropout, Scaling
+from dropserve.model.dropout import CustomDropout, Scaling
 
 NetworkName = Literal["mlp", "convnet", "residual"]
 NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from model.report import EVAL_MODE, INTERVAL, MOST, Predictions, Report
+from dropserve.model.report import EVAL_MODE, INTERVAL, MOST, Predictions, Report
 
 COLUMNS = 3
 # Ways to answer that a plot of curves has room for.

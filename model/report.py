@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from torch import nn
 
-from model import bootstrap, evaluation, shifts, uncertainties
-from model.bootstrap import Estimate, Statistic
-from model.datasets import Dataset, Task
-from model.evaluation import Floats
+from dropserve.model import bootstrap, evaluation, shifts, uncertainties
+from dropserve.model.bootstrap import Estimate, Statistic
+from dropserve.model.datasets import Dataset, Task
+from dropserve.model.evaluation import Floats
 
 EVAL_MODE = "eval mode"
 PASSES = (10, 30, evaluation.PASSES)

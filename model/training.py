@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from model import calibration, evaluation
-from model.datasets import Dataset, Split
-from model.networks import Model, NetworkConfig
+from dropserve.model import calibration, evaluation
+from dropserve.model.datasets import Dataset, Split
+from dropserve.model.networks import Model, NetworkConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Schedule = Literal["cosine", "constant"]

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from export.__main__ import export
-from model import checkpoint, datasets, training
-from model.datasets import Dataset
-from model.networks import NetworkConfig
-from model.training import TrainingConfig
+from dropserve.export.pipeline import export
+from dropserve.model import checkpoint, datasets, training
+from dropserve.model.datasets import Dataset
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import TrainingConfig
 
 
 def train_and_export(

@@ -119,14 +119,14 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 def build(folder: Path, name: str, options: list[str]) -> None:
     """Train and export one model."""
-    import export.__main__
-    import model.__main__
+    from dropserve.export.__main__ import main as export
+    from dropserve.model.__main__ import main as model
 
     checkpoint = str(folder / "runs" / name)
     log = []
     for done in (
-        run_here(model.__main__.main, "train", *options, "--out", checkpoint),
-        run_here(export.__main__.main, checkpoint, "--models", str(folder / "models")),
+        run_here(model, "train", *options, "--out", checkpoint),
+        run_here(export, checkpoint, "--models", str(folder / "models")),
     ):
         assert done.returncode == 0, done.stderr
         log.append(done.stdout + done.stderr)

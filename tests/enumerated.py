@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import Manifest
-from export.reference import TorchReference
-from model import checkpoint
-from model.dropout import SCALINGS
-from model.training import TrainingConfig
+from dropserve.export.bundle import Manifest
+from dropserve.export.reference import TorchReference
+from dropserve.model import checkpoint
+from dropserve.model.dropout import SCALINGS
+from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
 from tests.model import toys
 

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from app.settings import Settings
 from benchmarks import calibration_table, scaling_table, stratified, timing
+from dropserve.app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

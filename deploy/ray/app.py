@@ -11,11 +11,11 @@ from pydantic_settings import CliApp
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.management import Load, Unload
-from app.errors import LoadError
-from app.models import load_engines
-from app.settings import Settings
-from app.worker import Worker, read_keys
+from dropserve.app.errors import LoadError
+from dropserve.app.http.v2.repository import Load, Unload
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.processes.worker import Worker, read_keys
+from dropserve.app.settings import Settings
 
 # Requests that a replica should have at a time: what keeps one core busy, and no more.
 TARGET_REQUESTS = 16

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app import device
-from app.engine import Engine
 from benchmarks import gpu, timing
+from dropserve.app.inference import providers
+from dropserve.app.inference.engine import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_without_a_gpu_it_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The state of a machine without a driver, wherever this runs.
-    monkeypatch.setattr(device, "DRIVER", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setattr(providers, "DRIVER", "libcuda-that-is-not-there.so.1")
     monkeypatch.setattr("sys.argv", ["gpu"])
     gpu.main()
     (line,) = capsys.readouterr().out.splitlines()

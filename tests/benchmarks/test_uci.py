@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import gal2016, timing, uci
-from model import evaluation
+from dropserve.model import evaluation
 from tests.conftest import ROOT
 
 DATA = ROOT / uci.DATA_DIR

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.datasets import Dataset
-from model.networks import NetworkConfig
-from model.training import TrainingConfig
+from dropserve.model.datasets import Dataset
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
 
 ROWS = 400

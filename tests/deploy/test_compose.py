@@ -11,9 +11,9 @@ import pytest
 import yaml
 from pydantic_settings import CliApp
 
-from app.__main__ import MARGIN_SECONDS
-from app.keys import Keys
-from app.settings import Settings
+from dropserve.app.cli.serve import MARGIN_SECONDS
+from dropserve.app.security.api_keys import Keys
+from dropserve.app.settings import Settings
 from tests.conftest import ROOT
 
 FILE = ROOT / "docker-compose.yml"

@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from pydantic_settings import CliApp
 
-from app.settings import Settings
+from dropserve.app.settings import Settings
 from tests.conftest import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

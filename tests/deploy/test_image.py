@@ -91,7 +91,7 @@ def test_it_runs_without_root_capabilities_or_a_way_to_gain_them(
     assert status["NoNewPrivs"].strip() == "1"
     command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     # No shell in between that would keep signals to itself.
-    assert command[:3] == [b"python", b"-m", b"app"]
+    assert command[:3] == [b"python", b"-m", b"dropserve.app"]
 
 
 def test_nothing_can_be_written_in_it(engine: Engine, running: Running) -> None:

@@ -16,8 +16,8 @@ from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from app.__main__ import MARGIN_SECONDS
-from app.settings import Settings
+from dropserve.app.cli.serve import MARGIN_SECONDS
+from dropserve.app.settings import Settings
 from tests.conftest import ROOT, TRAINED, run, service
 from tests.deploy import kserve_models
 

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import deployment
 from benchmarks.predict_http import free_port
-from tests.app.test_scoring import score, write
+from tests.app.scoring.test_scorer import score, write
 from tests.conftest import ROOT, run, wait_for
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ import pytest
 import torch
 from scipy import stats
 
-from app.api import schemas
-from app.masks import KINDS, Kind, MaskStream
-from export import bundle
-from model import checkpoint, evaluation
+from dropserve.app.http import schemas
+from dropserve.app.uncertainty.masks import KINDS, Kind, MaskStream
+from dropserve.export import bundle
+from dropserve.model import checkpoint, evaluation
 from tests.conftest import service
 
 Examples = Callable[[str], list[Any]]

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.api.schemas import Problem
-from model.datasets import Dataset
-from model.training import TrainingConfig
+from dropserve.app.http.schemas import Problem
+from dropserve.model.datasets import Dataset
+from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
 from tests.conftest import events, memory, service
 from tests.model import toys

@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from app.masks import KINDS, Kind
-from export import bundle
-from model.training import TrainingConfig
+from dropserve.app.uncertainty.masks import KINDS, Kind
+from dropserve.export import bundle
+from dropserve.model.training import TrainingConfig
 from tests.bundles import publish, train_and_export
 from tests.conftest import service
 from tests.model import toys

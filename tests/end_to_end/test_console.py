@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app.api import console
-from app.repository import Examples
+from dropserve.app.bundles.loader import Examples
+from dropserve.app.http import console
 from tests.conftest import service
 from tests.end_to_end.test_access import new_key
 

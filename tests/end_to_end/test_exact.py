@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from app.masks import KINDS, Kind
-from export import bundle
+from dropserve.app.uncertainty.masks import KINDS, Kind
+from dropserve.export import bundle
 from tests import enumerated
 from tests.conftest import service
 from tests.enumerated import Exact

@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
-from app.api import schemas
-from app.masks import KINDS, Kind
-from export import bundle
-from model import checkpoint
-from model.networks import NetworkConfig
-from model.training import TrainingConfig
+from dropserve.app.http import schemas
+from dropserve.app.uncertainty.masks import KINDS, Kind
+from dropserve.export import bundle
+from dropserve.model import checkpoint
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
 from tests.conftest import service
 from tests.model import toys

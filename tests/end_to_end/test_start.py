@@ -19,16 +19,19 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "sklearn", "model"):
+        if name.split(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "sklearn") or (
+            name.startswith("dropserve.model")
+        ):
             raise AssertionError(f"the service imports {name}")
 
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
-from app.__main__ import main
-from app.models import load_engines
-from app.service import Query
-from app.settings import Settings
-from app.worker import Worker
+import dropserve.__main__
+from dropserve.app.cli import keys, serve
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query
+from dropserve.app.settings import Settings
+from dropserve.app.processes.worker import Worker
 
 worker = Worker(Settings(models=Path(sys.argv[1])), load_engines(Path(sys.argv[1]), "cpu"))
 worker.application.openapi()
@@ -66,7 +69,7 @@ def refused(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr.strip()
 
 
-@pytest.mark.parametrize("package", ["app.__main__", "export.__main__"])
+@pytest.mark.parametrize("package", ["dropserve.app.cli.serve", "dropserve.export.cli"])
 def test_onnxruntime_is_told_not_to_report_to_its_maker(package: str, tmp_path: Path) -> None:
     # Where it does report it begins as it is loaded: with an identifier that it keeps here.
     done = subprocess.run(

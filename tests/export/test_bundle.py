@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import bundle
-from export.bundle import BundleError
+from dropserve.export import bundle
+from dropserve.export.bundle import BundleError
 
 FILES = {bundle.PREDICT: b"predict", bundle.STOCHASTIC: b"stochastic", bundle.EXAMPLES: b"[]"}
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from export.__main__ import main
-from model import checkpoint
-from model.training import TrainingConfig
+from dropserve.export.__main__ import main
+from dropserve.model import checkpoint
+from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
 from tests.conftest import run
 from tests.model import toys

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from export import predict_graph, stochastic_graph, trace, verify
-from export.bundle import Verification
-from export.reference import Floats, TorchReference, VerificationError
-from export.sites import ExportError, Site, sites_of
-from model.dropout import CustomDropout
-from model.networks import Model, NetworkConfig
+from dropserve.export import predict_graph, stochastic_graph, trace, verify
+from dropserve.export.bundle import Verification
+from dropserve.export.reference import Floats, TorchReference, VerificationError
+from dropserve.export.sites import ExportError, Site, sites_of
+from dropserve.model.dropout import CustomDropout
+from dropserve.model.networks import Model, NetworkConfig
 from tests.export.test_graphs import rows
 
 

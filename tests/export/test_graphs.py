@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export import predict_graph, stochastic_graph, trace, verify
-from export.sites import sites_of
-from model import datasets
-from model.dropout import SCALINGS, Scaling, only_sites_in_train_mode
-from model.networks import NETWORKS, Model, NetworkConfig, NetworkName
+from dropserve.export import predict_graph, stochastic_graph, trace, verify
+from dropserve.export.sites import sites_of
+from dropserve.model import datasets
+from dropserve.model.dropout import SCALINGS, Scaling, only_sites_in_train_mode
+from dropserve.model.networks import NETWORKS, Model, NetworkConfig, NetworkName
 
 Floats = NDArray[np.float32]
 P = 0.3

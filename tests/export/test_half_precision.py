@@ -11,14 +11,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from app.models import load_engines
-from app.service import Query, Service
-from export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
-from export.__main__ import export
-from export.reference import TorchReference, VerificationError
-from export.sites import ExportError, sites_of
-from model import datasets
-from model.networks import Model, NetworkConfig, NetworkName
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query, Service
+from dropserve.export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
+from dropserve.export.pipeline import export
+from dropserve.export.reference import TorchReference, VerificationError
+from dropserve.export.sites import ExportError, sites_of
+from dropserve.model import datasets
+from dropserve.model.networks import Model, NetworkConfig, NetworkName
 
 X: NDArray[np.float32] = datasets.split(datasets.load("digits"), 0).test.x
 

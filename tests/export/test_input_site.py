@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from app.models import load_engines
-from app.service import Query, Service
-from export.__main__ import export
-from model import checkpoint
-from model.datasets import Dataset, split
-from model.dropout import SCALINGS, Scaling
-from model.networks import NETWORKS, NetworkName
-from model.training import TrainingConfig, train
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.inference.service import Query, Service
+from dropserve.export.pipeline import export
+from dropserve.model import checkpoint
+from dropserve.model.datasets import Dataset, split
+from dropserve.model.dropout import SCALINGS, Scaling
+from dropserve.model.networks import NETWORKS, NetworkName
+from dropserve.model.training import TrainingConfig, train
 from tests.model.toys import config
 
 INPUT_P = 0.25

@@ -7,9 +7,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export import predict_graph, stochastic_graph, trace, verify
-from export.reference import OnnxReference, VerificationError
-from export.sites import ExportError, sites_of
+from dropserve.export import predict_graph, stochastic_graph, trace, verify
+from dropserve.export.reference import OnnxReference, VerificationError
+from dropserve.export.sites import ExportError, sites_of
 from tests.export.test_graphs import session
 
 ONNX_TEXT = """

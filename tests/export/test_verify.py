@@ -14,13 +14,13 @@ from onnx import helper
 from torch import nn
 from torch.nn import functional
 
-from export import predict_graph, stochastic_graph, trace, verify
-from export.bundle import Verification
-from export.reference import TorchReference, VerificationError
-from export.sites import Site, sites_of
-from model import datasets
-from model.dropout import CustomDropout, Scaling
-from model.networks import Model, NetworkConfig, NetworkName
+from dropserve.export import predict_graph, stochastic_graph, trace, verify
+from dropserve.export.bundle import Verification
+from dropserve.export.reference import TorchReference, VerificationError
+from dropserve.export.sites import Site, sites_of
+from dropserve.model import datasets
+from dropserve.model.dropout import CustomDropout, Scaling
+from dropserve.model.networks import Model, NetworkConfig, NetworkName
 
 Floats = NDArray[np.float32]
 X: Floats = datasets.split(datasets.load("digits"), 0).test.x

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from model import bootstrap
-from model.bootstrap import Estimate, estimate, mean_of, resamples
-from model.evaluation import (
+from dropserve.model import bootstrap
+from dropserve.model.bootstrap import Estimate, estimate, mean_of, resamples
+from dropserve.model.evaluation import (
     classification_metrics,
     classification_statistics,
     regression_metrics,

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from model.calibration import fit_temperature
-from model.datasets import split
-from model.evaluation import (
+from dropserve.model.calibration import fit_temperature
+from dropserve.model.datasets import split
+from dropserve.model.evaluation import (
     class_probabilities,
     classification_metrics,
     eval_outputs,
     evaluate,
     mc_outputs,
 )
-from model.training import TrainingConfig, train
+from dropserve.model.training import TrainingConfig, train
 from tests.model.toys import config, two_classes, two_targets
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=30)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointError, load, save
-from model.datasets import Dataset, split
-from model.dropout import CustomDropout
-from model.networks import NETWORKS, NetworkName
-from model.training import TrainingConfig, train
+from dropserve.model import checkpoint
+from dropserve.model.checkpoint import Checkpoint, CheckpointError, load, save
+from dropserve.model.datasets import Dataset, split
+from dropserve.model.dropout import CustomDropout
+from dropserve.model.networks import NETWORKS, NetworkName
+from dropserve.model.training import TrainingConfig, train
 from tests.model.toys import config, tree, two_classes, two_targets
 
 FILES = ["checkpoint.json", "holdout.npz", "weights.safetensors"]

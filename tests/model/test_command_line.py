@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import checkpoint, training
-from model.__main__ import main
-from model.datasets import Split
-from model.networks import NetworkConfig
-from model.training import Trained, TrainingConfig
+from dropserve.model import checkpoint, training
+from dropserve.model.__main__ import main
+from dropserve.model.datasets import Split
+from dropserve.model.networks import NetworkConfig
+from dropserve.model.training import Trained, TrainingConfig
 from tests.model.toys import tree, two_classes, two_targets
 
 FILES = ["checkpoint.json", "holdout.npz", "plots.png", "weights.safetensors"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from model.datasets import DataError, Dataset, Task, load, split
+from dropserve.model.datasets import DataError, Dataset, Task, load, split
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
 seeds = st.integers(0, 2**63 - 1)

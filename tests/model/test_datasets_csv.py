@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.datasets import DataError, Dataset, Task, load
+from dropserve.model.datasets import DataError, Dataset, Task, load
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
 ROWS = 24

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.datasets import DataError, load
+from dropserve.model.datasets import DataError, load
 
 ROWS = 24
 X = np.random.default_rng(0).normal(size=(ROWS, 3))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model import dropout
-from model.dropout import (
+from dropserve.model import dropout
+from dropserve.model.dropout import (
     SCALINGS,
     CustomDropout,
     Scaling,

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, log_loss
 
-from model.evaluation import (
+from dropserve.model.evaluation import (
     class_probabilities,
     classification_metrics,
     fit_noise,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from model import checkpoint, datasets, evaluation, training
-from model.datasets import Dataset
-from model.networks import LOG_STD_LIMIT, Model, NetworkConfig, Noise
-from model.training import Trained, TrainingConfig
+from dropserve.model import checkpoint, datasets, evaluation, training
+from dropserve.model.datasets import Dataset
+from dropserve.model.networks import LOG_STD_LIMIT, Model, NetworkConfig, Noise
+from dropserve.model.training import Trained, TrainingConfig
 from tests.model import toys
 
 EPOCHS = 60

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import nn
 
-from model import evaluation
-from model.datasets import Dataset
-from model.dropout import CustomDropout
-from model.evaluation import (
+from dropserve.model import evaluation
+from dropserve.model.datasets import Dataset
+from dropserve.model.dropout import CustomDropout
+from dropserve.model.evaluation import (
     class_probabilities,
     classification_metrics,
     eval_outputs,

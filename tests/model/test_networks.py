@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.dropout import CustomDropout
-from model.networks import NETWORKS, Model, NetworkConfig, NetworkName
+from dropserve.model.dropout import CustomDropout
+from dropserve.model.networks import NETWORKS, Model, NetworkConfig, NetworkName
 
 
 def build(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import CheckpointError, Output
+from dropserve.model.checkpoint import CheckpointError, Output
 from tests.model.toys import tree
 
 

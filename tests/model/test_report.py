@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, plots
-from model.bootstrap import Estimate
-from model.datasets import Dataset, split
-from model.evaluation import (
+from dropserve.model import checkpoint, plots
+from dropserve.model.bootstrap import Estimate
+from dropserve.model.datasets import Dataset, split
+from dropserve.model.evaluation import (
     class_probabilities,
     classification_metrics,
     eval_outputs,
     mc_outputs,
     regression_metrics,
 )
-from model.networks import Model
-from model.report import Report, lines, report, verdict
-from model.training import TrainingConfig, train
+from dropserve.model.networks import Model
+from dropserve.model.report import Report, lines, report, verdict
+from dropserve.model.training import TrainingConfig, train
 from tests.model.toys import config, two_classes, two_targets
 
 WAYS = [

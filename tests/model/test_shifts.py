@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model import datasets
-from model.shifts import shifted
+from dropserve.model import datasets
+from dropserve.model.shifts import shifted
 
 
 def test_images_are_rotated_made_noisy_and_inverted_within_their_range() -> None:

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from model import datasets
-from model.datasets import Dataset, Split, split
-from model.networks import NETWORKS, NetworkName
-from model.training import Schedule, Trained, TrainingConfig, train
+from dropserve.model import datasets
+from dropserve.model.datasets import Dataset, Split, split
+from dropserve.model.networks import NETWORKS, NetworkName
+from dropserve.model.training import Schedule, Trained, TrainingConfig, train
 from tests.model.toys import config, two_classes, two_targets
 
 

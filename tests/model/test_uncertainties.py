@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from app import uncertainty
-from model.uncertainties import auroc, of_classes, of_values, risk_coverage
+from dropserve.app.uncertainty import statistics
+from dropserve.model.uncertainties import auroc, of_classes, of_values, risk_coverage
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -20,7 +20,7 @@ def test_the_uncertainties_of_classes_are_those_that_the_service_answers(
     logits = np.random.default_rng(seed).normal(size=(passes, rows, classes)) * 3
     probabilities = softmax(logits, axis=-1)
     ours = of_classes(probabilities)
-    theirs = uncertainty.entropies(probabilities.astype(np.float32))
+    theirs = statistics.entropies(probabilities.astype(np.float32))
     for name, expected in vars(theirs).items():
         np.testing.assert_allclose(ours.pop(name), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(

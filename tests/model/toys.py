@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.datasets import Dataset
-from model.dropout import Scaling
-from model.networks import NetworkConfig, NetworkName
+from dropserve.model.datasets import Dataset
+from dropserve.model.dropout import Scaling
+from dropserve.model.networks import NetworkConfig, NetworkName
 
 
 def two_classes(rows: int = 200, seed: int = 0) -> Dataset:

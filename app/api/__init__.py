@@ -1,1 +1,0 @@
-"""The HTTP interface: bodies in, typed requests to the service, answers and problems out."""

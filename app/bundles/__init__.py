@@ -1,0 +1,1 @@
+"""The models folder: find bundles, check and read them."""

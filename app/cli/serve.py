@@ -1,0 +1,98 @@
+"""``dropserve serve``: serve a folder of bundles."""
+
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import ValidationError
+from pydantic_settings import CliApp, CliSettingsSource, SettingsError
+
+from dropserve.app.errors import StartError
+from dropserve.app.inference.registry import load_engines
+from dropserve.app.observability import logs
+from dropserve.app.processes.supervisor import Keep, supervise
+from dropserve.app.processes.worker import (
+    Reload,
+    Worker,
+    fold,
+    kept,
+    read_keys,
+    serve_as_worker,
+)
+from dropserve.app.settings import Settings
+
+# Connections that wait to be taken; more than a burst of clients opens at once.
+BACKLOG = 2048
+# What workers get to end in, beyond the time to drain, before they are killed.
+MARGIN_SECONDS = 5
+
+log = logging.getLogger("app")
+
+
+def command(arguments: Sequence[str], prog: str) -> int:
+    """Run the command line after ``serve``; return the exit status."""
+    try:
+        settings = CliApp.run(
+            Settings,
+            list(arguments),
+            cli_settings_source=CliSettingsSource(Settings, cli_prog_name=prog),
+        )
+    except SettingsError as error:
+        print(f"{prog}: error: {str(error).partition(': ')[2]}", file=sys.stderr)
+        return 2
+    except ValidationError as error:
+        found = error.errors()
+        # An option that may be one thing or another has an error for each.
+        option = found[0]["loc"][0]
+        said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
+        print(f"{prog}: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
+        return 2
+    logs.configure(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until there is something to drain.
+        signal.signal(number, lambda *_: sys.exit(0))
+    # What that asks to be read again is being read.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A connection is an open file, and what a shell allows may be few.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    workers, threads = settings.sized()
+    try:
+        # With several workers this is only to find what is wrong once, before they start.
+        read_keys(settings)
+        engines = load_engines(settings.models, settings.device, threads)
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        print(f"error: cannot listen: {error.strerror or error}", file=sys.stderr)
+        return 1
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    many = "1 worker" if workers == 1 else f"{workers} workers"
+    log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
+    worker = Worker(settings, engines) if workers == 1 else None
+    # What is unloaded is to be let go of.
+    del engines
+    if worker:
+        worker.serve(listener)
+        return 0
+    return supervise(
+        partial(serve_as_worker, settings, threads, listener),
+        workers,
+        closing=listener.close,
+        on_hangup=Reload(),
+        keep=Keep(kept, fold),
+        stop_seconds=settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the port, before anything is said to be there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)

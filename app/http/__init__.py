@@ -1,0 +1,1 @@
+"""The HTTP interface: requests into typed queries, answers and errors into responses."""

@@ -1,0 +1,360 @@
+"""The documents of the HTTP interface.
+
+Requests are validated with these models. Answers are written straight from arrays; their models
+are the documentation, and tests hold every answer against them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dropserve.app.uncertainty.masks import Kind
+
+Matrix = list[list[float]]  # [B, C]
+Column = list[float]  # [B]
+
+EXAMPLE_INPUTS = [[0.0] * 64]
+
+
+class Document(BaseModel):
+    """A JSON object in which nothing unknown may stand and nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PredictRequest(Document):
+    """Rows to predict."""
+
+    inputs: Annotated[
+        list[object],
+        Field(
+            description="Rows of raw features: lists of numbers, flat or nested to the input's "
+            "shape.",
+            json_schema_extra={
+                "items": {"type": "array", "items": {}},
+                "minItems": 1,
+                "examples": [EXAMPLE_INPUTS],
+            },
+        ),
+    ]
+    model: str | None = Field(None, description="Needed where several models are served.")
+    version: int | None = Field(None, ge=1, description="The newest by default.")
+
+
+class UncertaintyRequest(PredictRequest):
+    """Rows to run train-mode passes of."""
+
+    passes: int = Field(100, ge=1, description="Passes of each row.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Of the masks; drawn and returned if not given."
+    )
+    interval: float = Field(
+        0.9,
+        gt=0,
+        lt=1,
+        description="Share of the passes, or of the predicted values, that lies in the interval.",
+    )
+    masks: Kind = Field(
+        "independent",
+        description="How masks are drawn. Stratified: of some ten passes together, of which each "
+        "unit is kept in as many as it should be; the same mean with fewer passes.",
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        lt=float("inf"),
+        description="Draw passes only until all standard errors are as small; passes is the most.",
+    )
+    coverage: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Answer, too, what holds the truth with this probability (split-conformal).",
+    )
+
+
+class MasksRequest(Document):
+    """Whose masks the console shows: fields as of the request that they were drawn for."""
+
+    model: str
+    version: int = Field(ge=1)
+    passes: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
+    masks: Kind
+
+
+class ClassPrediction(Document):
+    """Eval-mode answer of a classification model."""
+
+    model: str
+    version: int
+    labels: list[str]
+    probabilities: Matrix
+
+
+class ValuePrediction(Document):
+    """Eval-mode answer of a regression model."""
+
+    model: str
+    version: int
+    values: Matrix
+
+
+class Interval(Document):
+    """Quantiles of the passes, or of the predicted values."""
+
+    level: float
+    lower: Matrix
+    upper: Matrix
+
+
+class PredictionInterval(Document):
+    """Interval that holds the truth with a probability of at least ``coverage``, over rows."""
+
+    coverage: float
+    lower: Matrix
+    upper: Matrix
+
+
+class Uncertainty(Document):
+    """What all Monte Carlo answers share: the passes' statistics."""
+
+    model: str
+    version: int
+    passes: int = Field(description="With a tolerance, as many as it took.")
+    seed: int
+    mean: Matrix
+    std: Matrix = Field(description="Of the passes, divisor passes - 1.")
+    standard_error: Matrix | None = Field(
+        description="Of the mean: std / sqrt(passes), or what the replicates of stratified masks "
+        "tell. Null for a single pass, which cannot tell."
+    )
+    interval: Interval
+    converged: bool | None = Field(
+        description="Whether all standard errors are within the tolerance. Null where none was "
+        "asked for."
+    )
+
+
+class ClassUncertainty(Uncertainty):
+    """Monte Carlo answer of a classification model; entropies in nats."""
+
+    labels: list[str] = Field(description="Of the mean.")
+    predictive_entropy: Column = Field(description="Entropy of the mean: all the uncertainty.")
+    expected_entropy: Column = Field(description="Mean entropy of the passes: the data's part.")
+    mutual_information: Column = Field(description="Their difference: the model's part.")
+    variation_ratio: Column = Field(description="Share of passes that name another class.")
+    prediction_set: list[list[str]] | None = Field(
+        None,
+        description="With coverage: for each row the labels among which the truth is, with at "
+        "least that probability over rows.",
+    )
+
+
+class ValueUncertainty(Uncertainty):
+    """Monte Carlo answer of a regression model, in the target's units."""
+
+    epistemic_std: Matrix = Field(description="The model's part: std of the passes.")
+    aleatoric_std: Matrix = Field(description="The data's part: noise fitted when training.")
+    total_std: Matrix
+    prediction_interval: PredictionInterval | None = Field(None, description="With coverage.")
+
+
+class SiteReport(Document):
+    """A dropout site, and the share of its units that this answer's masks kept."""
+
+    name: str
+    p: float
+    scaling: str
+    kept: float
+
+
+class Passes(Document):
+    """What a debug answer adds."""
+
+    samples: list[Matrix] = Field(description="[passes, rows, outputs]")
+    deterministic: Matrix = Field(description="Eval mode.")
+    expectation_gap: Matrix | None = Field(
+        description="(mean - deterministic) / standard error: about 1 in size where the passes "
+        "scatter around eval mode. Null for a single pass."
+    )
+    sites: list[SiteReport]
+
+
+class ClassDebug(Passes, ClassUncertainty):
+    """Passes of a classification model."""
+
+
+class ValueDebug(Passes, ValueUncertainty):
+    """Passes of a regression model."""
+
+
+class Alive(Document):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Ready(Document):
+    """The service takes requests."""
+
+    status: Literal["ready"]
+    device: str
+    provider: str = Field(description="The onnxruntime provider that runs the graphs.")
+    models: dict[str, list[int]] = Field(description="The versions of each model.")
+
+
+class TensorDescription(Document):
+    """An input or output tensor of the Open Inference Protocol."""
+
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: as many as there are rows.")
+
+
+class ServerDescription(Document):
+    """Who serves."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelDescription(Document):
+    """What a model takes and answers."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorDescription]
+    outputs: list[TensorDescription]
+
+
+class ModelReadiness(Document):
+    """A model is served."""
+
+    name: str
+    ready: bool
+
+
+class Live(Document):
+    """The server answers."""
+
+    live: bool
+
+
+class Readiness(Document):
+    """The server takes requests."""
+
+    ready: bool
+
+
+class VersionState(Document):
+    """What became of a version in the model repository."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class IndexRequest(Document):
+    """What to list."""
+
+    ready: bool = Field(False, description="Only what is served.")
+
+
+class LoadRequest(Document):
+    """What to load, or to unload: the path says it."""
+
+    parameters: dict[str, object] = Field(
+        {}, description="None is understood; unload_dependents is ignored."
+    )
+
+
+class ProtocolError(Document):
+    """An error as the Open Inference Protocol has it."""
+
+    error: str
+
+
+class InferTensor(Document):
+    """An input of the Open Inference Protocol."""
+
+    name: str
+    shape: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=2, description="As the model describes its input, the rows first."
+    )
+    datatype: Literal[
+        "FP32",
+        "FP64",
+        "FP16",
+        "INT8",
+        "INT16",
+        "INT32",
+        "INT64",
+        "UINT8",
+        "UINT16",
+        "UINT32",
+        "UINT64",
+    ] = Field(description="Values are converted to FP32.")
+    parameters: dict[str, object] = {}
+    data: list[object] | None = Field(
+        None, description="Flat or nested; none if binary data follows the JSON."
+    )
+
+
+class InferOutput(Document):
+    """An output that is asked for."""
+
+    name: str
+    parameters: dict[str, object] = {}
+
+
+class InferDocument(Document):
+    """A request of the Open Inference Protocol."""
+
+    id: str | None = None
+    parameters: dict[str, object] = Field(
+        {}, description="passes, seed, masks and tolerance for NAME.mc; binary_data_output."
+    )
+    inputs: list[InferTensor] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = Field(None, description="All by default.")
+
+
+class AnsweredTensor(Document):
+    """An output of the Open Inference Protocol."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, object] = {}
+    data: list[float] | list[str] | None = None
+
+
+class InferAnswer(Document):
+    """An answer of the Open Inference Protocol."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, object] = {}
+    outputs: list[AnsweredTensor]
+
+
+class FieldProblem(Document):
+    """One thing that is wrong with a body."""
+
+    path: str = Field(description="Where in the body, like inputs.0.3.")
+    message: str
+
+
+class Problem(Document):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[FieldProblem] | None = None

@@ -1,0 +1,344 @@
+"""The Open Inference Protocol's ``infer`` call, from bytes to arrays and back.
+
+A request is JSON; with Triton's binary tensor data extension the JSON is a header, and the tensors
+that say ``binary_data_size`` follow it as raw little-endian bytes, in their order. An answer is
+written alike. Which tensors a model takes, and HTTP, are others' business.
+
+References
+----------
+https://github.com/kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``
+https://github.com/triton-inference-server/server, ``docs/protocol/extension_binary_data.md``
+"""
+
+import math
+import re
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from dropserve.app.errors import InputError
+from dropserve.app.http.problems import BodyError
+from dropserve.app.inference.rows import LARGEST, LISTS, NUMBERS, check_numbers, kind, packed
+
+Buffer = bytes | bytearray
+Kind = TypeVar("Kind")
+
+WHOLE = (1, 2, 4, 8)
+# Those whose values float32 can stand for; little-endian, as the wire has them.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    f"{name}{8 * size}": np.dtype(f"<{code}{size}")
+    for name, code, sizes in (("FP", "f", (4, 8, 2)), ("INT", "i", WHOLE), ("UINT", "u", WHOLE))
+    for size in sizes
+}
+# Numpy refuses shapes whose elements, zeros aside, it could not count.
+MOST_DIMENSIONS = 16
+MOST_ELEMENTS = 2**31 - 1
+# A request chooses its names, and could choose long ones.
+LONGEST_QUOTE = 100
+SAFE_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,128}")
+
+REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
+INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
+OUTPUT_FIELDS = ("name", "parameters")
+# To answer as if they had not been asked for would be to answer something else.
+REFUSED_PARAMETERS = ("shared_memory_region", "classification")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input tensor, its values in the shape that it was sent with."""
+
+    name: str
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output that is asked for, and whether as binary."""
+
+    name: str
+    binary: bool
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A request; ``outputs`` is None for all, ``binary`` what those get that do not say."""
+
+    id: str | None
+    parameters: dict[str, object]
+    inputs: list[Tensor]
+    outputs: list[Wanted] | None
+    binary: bool
+
+
+def read(body: Buffer, header_length: int | None) -> InferRequest:
+    """Read a request's body.
+
+    Parameters
+    ----------
+    body
+        JSON, and behind it the tensors that are sent as binary.
+    header_length
+        Bytes of JSON, as ``Inference-Header-Content-Length`` says; None if all are.
+
+    Raises
+    ------
+    BodyError
+        400 if the length is not within the body, or those bytes are no JSON.
+    InputError
+        If the request is not what the protocol, or this service, allows.
+    """
+    length = len(body) if header_length is None else header_length
+    if not 0 <= length <= len(body):
+        raise BodyError(
+            HTTPStatus.BAD_REQUEST,
+            f"Inference-Header-Content-Length must be from 0 to {len(body)}, the length of the "
+            f"body, not {length}",
+        )
+    try:
+        document = orjson.loads(memoryview(body)[:length])
+    except orjson.JSONDecodeError as error:
+        part = "body" if header_length is None else f"body, in its first {length} bytes,"
+        raise BodyError(HTTPStatus.BAD_REQUEST, f"the {part} is not JSON: {error}") from None
+    request = read_object(document, "body", REQUEST_FIELDS)
+    parameters = read_parameters(request, "parameters")
+    said = parameters.pop("binary_data_output", None)
+    binary = said is not None and of_type(said, bool, "parameters.binary_data_output")
+    inputs, end = [], length
+    for number, item in enumerate(of_type(request.get("inputs"), list, "inputs")):
+        tensor, end = read_input(item, body, end, f"inputs.{number}")
+        inputs.append(tensor)
+    if not inputs:
+        raise InputError("inputs", "at least one tensor is needed")
+    if end < len(body):
+        there = f"expecting {end - length} bytes after the JSON, got {len(body) - length}"
+        raise InputError("inputs", there)
+    check_names([tensor.name for tensor in inputs], "inputs")
+    asked = request.get("outputs")
+    wanted = [] if asked is None else of_type(asked, list, "outputs")
+    outputs = [read_output(item, binary, f"outputs.{n}") for n, item in enumerate(wanted)]
+    check_names([output.name for output in outputs], "outputs")
+    # An empty list asks for all, as Triton has it.
+    return InferRequest(read_id(request.get("id")), parameters, inputs, outputs or None, binary)
+
+
+def read_input(item: object, body: Buffer, start: int, path: str) -> tuple[Tensor, int]:
+    """Return a tensor whose data, if binary, is at ``start``, and where that of the next is."""
+    fields = read_object(item, path, INPUT_FIELDS)
+    name = of_type(fields.get("name"), str, f"{path}.name")
+    shape = read_shape(fields.get("shape"), f"{path}.shape")
+    dtype = read_dtype(fields.get("datatype"), f"{path}.datatype")
+    size = read_parameters(fields, f"{path}.parameters").get("binary_data_size")
+    data = fields.get("data")
+    if (size is None) == (data is None):
+        raise InputError(path, "needs data or parameters.binary_data_size, and not both")
+    if size is None:
+        return Tensor(name, read_data(data, shape, dtype, f"{path}.data")), start
+    end = start + check_size(size, shape, dtype, len(body) - start, path)
+    return Tensor(name, read_binary(body, start, shape, dtype, path)), end
+
+
+def check_size(size: object, shape: list[int], dtype: np.dtype[Any], left: int, path: str) -> int:
+    """Return the bytes of a binary tensor if they are what its shape takes, and are there."""
+    path = f"{path}.parameters.binary_data_size"
+    count = math.prod(shape)
+    needed = count * dtype.itemsize
+    if type(size) is not int or size != needed:
+        said = size if type(size) is int else kind(size)
+        raise InputError(path, f"must be {needed}, {dtype.itemsize} x {count}, not {said}")
+    if needed > left:
+        there = f"expecting {needed} bytes behind the JSON and earlier tensors, got {left}"
+        raise InputError(path, f"{there} (see Inference-Header-Content-Length)")
+    return needed
+
+
+def read_binary(
+    body: Buffer, start: int, shape: list[int], dtype: np.dtype[Any], path: str
+) -> NDArray[np.float32]:
+    """Return the tensor that is at ``start``; of FP32 a view, where it is aligned."""
+    raw = np.frombuffer(body, dtype, math.prod(shape), start).reshape(shape)
+    # A header need not end at a multiple of four. onnxruntime does take floats at any address, but
+    # C++ does not say that it may; and to copy them first costs little, as numpy's isfinite would
+    # copy them piece by piece.
+    aligned = raw if raw.flags.aligned else raw.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: NDArray[np.float32] = aligned.astype("<f4", copy=False)
+    if not np.isfinite(values).all():
+        raise InputError(path, f"must hold finite numbers, at most {LARGEST:.7g} in size")
+    return values
+
+
+def read_data(
+    data: object, shape: list[int], dtype: np.dtype[Any], path: str
+) -> NDArray[np.float32]:
+    """Return the tensor that JSON lists, flat or nested."""
+    flat = flatten(of_type(data, list, path), shape, path)
+    count = math.prod(shape)
+    if len(flat) != count:
+        raise InputError(path, f"expecting {count} elements, got {len(flat)}")
+    if dtype.kind in "iu":
+        return read_integers(flat, dtype, path).reshape(shape)
+    values = packed(flat)
+    if values is None:
+        # Finds what could not be packed.
+        check_numbers(flat, 1, path)
+        values = np.array(flat, np.float32)
+    return values.reshape(shape)
+
+
+def flatten(values: list[Any], shape: list[int], path: str) -> list[Any]:
+    """Return what a list holds that is flat, or nested to ``shape`` all the way."""
+    if not values or type(values[0]) is not list:
+        return values
+    level: list[Any] = [values]
+    for length in shape:
+        if not LISTS.issuperset(map(type, level)) or not {length}.issuperset(map(len, level)):
+            raise InputError(path, f"must be flat, or nested as {shape}")
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def read_integers(flat: list[Any], dtype: np.dtype[Any], path: str) -> NDArray[np.float32]:
+    """Return whole numbers that are in the range of their type."""
+    if {int}.issuperset(map(type, flat)):
+        with suppress(OverflowError):
+            return np.array(flat, dtype).astype(np.float32)
+    limits = np.iinfo(dtype)
+    for number, value in enumerate(flat):
+        known = type(value) in NUMBERS and limits.min <= value <= limits.max
+        if not known or value != int(value):
+            allowed = f"must be a whole number from {limits.min} to {limits.max}"
+            raise InputError(f"{path}.{number}", allowed)
+    return np.array([int(value) for value in flat], dtype).astype(np.float32)
+
+
+def read_shape(value: object, path: str) -> list[int]:
+    """Return a shape that numpy can have, whatever data there is."""
+    shape = of_type(value, list, path)
+    if not 1 <= len(shape) <= MOST_DIMENSIONS:
+        raise InputError(path, f"must list 1 to {MOST_DIMENSIONS} dimensions, not {len(shape)}")
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise InputError(path, "must list whole numbers, 0 or more")
+    if math.prod(max(length, 1) for length in shape) > MOST_ELEMENTS:
+        raise InputError(path, f"must be of at most {MOST_ELEMENTS} elements")
+    return shape
+
+
+def read_dtype(value: object, path: str) -> np.dtype[Any]:
+    """Return the numpy type of a datatype."""
+    if not isinstance(value, str) or value not in DATATYPES:
+        said = quote(value) if isinstance(value, str) else kind(value)
+        raise InputError(path, f"must be one of {', '.join(DATATYPES)}, not {said}")
+    return DATATYPES[value]
+
+
+def read_output(item: object, binary: bool, path: str) -> Wanted:
+    """Return an output that is asked for, as ``binary`` where it does not say."""
+    fields = read_object(item, path, OUTPUT_FIELDS)
+    name = of_type(fields.get("name"), str, f"{path}.name")
+    said = read_parameters(fields, f"{path}.parameters").get("binary_data")
+    if said is not None:
+        binary = of_type(said, bool, f"{path}.parameters.binary_data")
+    return Wanted(name, binary)
+
+
+def read_object(value: object, path: str, allowed: tuple[str, ...]) -> dict[str, object]:
+    """Return an object with no other fields than those allowed."""
+    fields = of_type(value, dict, path)
+    unknown = next((field for field in fields if field not in allowed), None)
+    if unknown is not None:
+        raise InputError(path, f"allowed are {', '.join(allowed)}, not {quote(unknown)}")
+    return fields
+
+
+def read_parameters(fields: dict[str, object], path: str) -> dict[str, object]:
+    """Return an object's parameters, none where it has none."""
+    value = fields.get("parameters")
+    parameters = {} if value is None else of_type(value, dict, path)
+    for name in REFUSED_PARAMETERS:
+        if name in parameters:
+            raise InputError(f"{path}.{name}", "is not supported, leave it out")
+    return parameters
+
+
+def read_id(value: object) -> str | None:
+    """Return a request's id, which its answer repeats."""
+    if value is None or (isinstance(value, str) and SAFE_ID.fullmatch(value)):
+        return value
+    raise InputError("id", "must be a string of at most 128 characters, no control characters")
+
+
+def check_names(names: Sequence[str], path: str) -> None:
+    """Raise InputError where a name comes twice."""
+    seen: set[str] = set()
+    for number, name in enumerate(names):
+        if name in seen:
+            raise InputError(f"{path}.{number}.name", f"{quote(name)} is there twice")
+        seen.add(name)
+
+
+def of_type(value: object, wanted: type[Kind], path: str) -> Kind:
+    """Return a JSON value that must be of a type."""
+    if not isinstance(value, wanted):
+        raise InputError(path, f"must be {kind(wanted())}, not {kind(value)}")
+    return value
+
+
+def quote(text: str) -> str:
+    """Quote what a request says, on one line and not at length."""
+    return repr(text[:LONGEST_QUOTE])[:LONGEST_QUOTE]
+
+
+def write(
+    head: dict[str, object],
+    outputs: Sequence[tuple[str, NDArray[np.float32] | Sequence[str], bool]],
+) -> tuple[bytes, int | None]:
+    """Write an answer's body.
+
+    Parameters
+    ----------
+    head
+        The answer's fields besides its outputs.
+    outputs
+        Of each its name, its values (strings are BYTES, of one dimension), and whether as binary.
+
+    Returns
+    -------
+    bytes
+        The body.
+    int or None
+        The length of the JSON that it begins with, None if it is all JSON.
+    """
+    entries: list[dict[str, object]] = []
+    tensors: list[bytes] = []
+    for name, values, binary in outputs:
+        entry: dict[str, object] = {"name": name}
+        if isinstance(values, np.ndarray):
+            entry |= {"datatype": "FP32", "shape": values.shape}
+        else:
+            entry |= {"datatype": "BYTES", "shape": [len(values)]}
+        if binary:
+            tensors.append(pack(values))
+            entry["parameters"] = {"binary_data_size": len(tensors[-1])}
+        else:
+            # Row by row, and contiguous, which orjson needs.
+            entry["data"] = values.ravel() if isinstance(values, np.ndarray) else list(values)
+        entries.append(entry)
+    header = orjson.dumps(head | {"outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join([header, *tensors]), len(header)) if tensors else (header, None)
+
+
+def pack(values: NDArray[np.float32] | Sequence[str]) -> bytes:
+    """Return an output's bytes: of each string its length in UTF-8, then the string."""
+    if isinstance(values, np.ndarray):
+        return values.astype("<f4", copy=False).tobytes()
+    encoded = [text.encode() for text in values]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

@@ -1,0 +1,1 @@
+"""Requests into answers, whatever the transport: queue, shared batches, onnxruntime."""

@@ -1,0 +1,143 @@
+"""Turn the ``inputs`` of a request, nested lists of JSON numbers, into an array."""
+
+import math
+import struct
+from collections.abc import Sized
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dropserve.app.errors import InputError
+
+LARGEST = float(np.finfo(np.float32).max)
+# What is not smaller than this, half a last place above, would be rounded to infinity.
+BEYOND = LARGEST + 2.0**103
+NUMBERS = {int, float}
+LISTS = {list}
+
+
+def rows_from_lists(
+    inputs: list[object], shape: tuple[int, ...], max_rows: int
+) -> NDArray[np.float32]:
+    """Return ``[B, *shape]`` from B rows, each nested to ``shape`` or flat.
+
+    Raises
+    ------
+    InputError
+        If there are no rows or more than ``max_rows``, a row is not of that shape, or a value is
+        no number of float32 (a boolean is none).
+    """
+    check_count(inputs, max_rows)
+    return read_rows(inputs, shape)
+
+
+def check_count(inputs: Sized, max_rows: int) -> None:
+    """Raise InputError if there are no rows or more than ``max_rows``."""
+    if len(inputs) == 0:
+        raise InputError("inputs", "at least one row is needed")
+    if len(inputs) > max_rows:
+        raise InputError("inputs", f"at most {max_rows} rows are allowed, not {len(inputs)}")
+
+
+def read_rows(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the rows, at once where that can be; raise InputError for the first fault."""
+    rows = rows_at_once(inputs, shape)
+    return rows_one_by_one(inputs, shape) if rows is None else rows
+
+
+def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Return the rows where all are flat, or all nested, and nothing is wrong; else None."""
+    lengths = (math.prod(shape),) if is_flat(inputs[0], shape) else shape
+    # What they are is checked as they are unpacked.
+    values: list[Any] = inputs
+    for length in lengths:
+        if not LISTS.issuperset(map(type, values)) or {length} != set(map(len, values)):
+            return None
+        values = list(chain.from_iterable(values))
+    flat = packed(values)
+    return None if flat is None else flat.reshape(len(inputs), *shape)
+
+
+def packed(values: list[Any]) -> NDArray[np.float32] | None:
+    """Return a flat list's numbers, or None where one is no number of float32."""
+    kinds = list(map(type, values))
+    # Mostly there is no other, and then to count is faster.
+    if kinds.count(float) < len(kinds) and not NUMBERS.issuperset(kinds):
+        return None
+    try:
+        # Unlike native packing, and numpy's, this does not make infinity of what is too large.
+        return np.frombuffer(struct.pack(f"<{len(values)}f", *values), "<f4")
+    except (OverflowError, struct.error):  # of a float, of a whole number
+        return None
+
+
+def rows_one_by_one(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the rows, or say what is wrong, and where."""
+    flat: list[Any] = []
+    for number, row in enumerate(inputs):
+        flat.extend(flat_row(row, shape, f"inputs.{number}"))
+    for number, row in enumerate(inputs):
+        check_numbers(row, 1 if is_flat(row, shape) else len(shape), f"inputs.{number}")
+    return np.array(flat, np.float32).reshape(len(inputs), *shape)
+
+
+def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:
+    """Return a row's values in order, refusing any other shape."""
+    if not isinstance(row, list):
+        raise InputError(path, f"must be a list of {describe(shape)}, not {kind(row)}")
+    if is_flat(row, shape):
+        if len(row) != math.prod(shape):
+            raise InputError(path, f"must hold {describe(shape)}, not {len(row)} values")
+        return row
+    if len(row) != shape[0]:
+        raise InputError(path, f"must hold {shape[0]} lists, not {len(row)}: {describe(shape)}")
+    return list(
+        chain.from_iterable(
+            nested_part(part, shape[1:], f"{path}.{number}") for number, part in enumerate(row)
+        )
+    )
+
+
+def nested_part(part: object, shape: tuple[int, ...], path: str) -> list[object]:
+    """Return the values of a part of a nested row, which must be nested all the way."""
+    if not isinstance(part, list):
+        raise InputError(path, f"must be a list like its neighbours, not {kind(part)}")
+    if len(part) != shape[0]:
+        raise InputError(path, f"must hold {shape[0]} values, not {len(part)}")
+    if len(shape) == 1:
+        return part
+    return list(
+        chain.from_iterable(
+            nested_part(inner, shape[1:], f"{path}.{number}") for number, inner in enumerate(part)
+        )
+    )
+
+
+def is_flat(row: object, shape: tuple[int, ...]) -> bool:
+    """Tell whether a row lists its numbers flat: it may, whatever the shape."""
+    return len(shape) == 1 or not (isinstance(row, list) and row and isinstance(row[0], list))
+
+
+def check_numbers(value: object, depth: int, path: str) -> None:
+    """Raise InputError where a list, ``depth`` deep, holds what is no float32 number."""
+    if depth > 0 and isinstance(value, list):
+        for number, inner in enumerate(value):
+            check_numbers(inner, depth - 1, f"{path}.{number}")
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(path, f"must be a number, not {kind(value)}")
+    elif not abs(value) < BEYOND:  # NaN, too
+        raise InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    """Say what a row of ``shape`` is."""
+    total = f"{math.prod(shape)} numbers"
+    return total if len(shape) == 1 else f"{total}, flat or nested as {list(shape)}"
+
+
+def kind(value: object) -> str:
+    """Name a JSON value's type."""
+    names = {bool: "a boolean", str: "a string", dict: "an object", list: "a list"}
+    return "null" if value is None else names.get(type(value), "a number")

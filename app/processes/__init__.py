@@ -1,0 +1,1 @@
+"""The processes of a service: one worker, or several and their supervisor."""

@@ -1,0 +1,1 @@
+"""Files of rows, scored in bounded memory."""

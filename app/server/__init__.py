@@ -1,0 +1,1 @@
+"""uvicorn, with limits on connections and a graceful shutdown."""

@@ -1,0 +1,182 @@
+"""Serve HTTP by uvicorn, with an end that loses no request.
+
+What HTTP cannot promise: a request sent over an idle kept connection in the moment in which it is
+closed is lost. While the server drains its answers say ``connection: close``, so that hardly a
+client has such a connection left; one that does sees it close without a byte of an answer, and
+may send the request again. Likewise a handshake of which only the client's half is over when
+the port closes: such a connection is reset.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
+
+import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
+
+from dropserve.app.server.connection import Connection, State, readable
+
+# How long who has connected, or is about to ask again, is waited for once the port is closed.
+GRACE_SECONDS = 0.1
+# Linux's option for a socket's packet filter, which the module socket does not name, and a filter
+# of one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
+SO_ATTACH_FILTER = 26
+KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
+# Connections taken in one turn of the loop; more would leave other workers none.
+ACCEPT_AT_ONCE = 32
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, drained before it ends.
+
+    SIGTERM or SIGINT begins that, a second one ends at once; ``run`` returns after both.
+
+    Parameters
+    ----------
+    config
+        uvicorn's; its ``http`` is a `connection_class`.
+    drain_delay
+        Seconds for which requests are still taken once draining has begun, so that a load
+        balancer can learn of it.
+    drain_seconds
+        Longest that answers are waited for after that; what is left then is cancelled.
+    draining
+        Called once, when draining begins.
+    alone
+        Whether no other process takes connections from the same port. Where one does, those who
+        connect in the moment in which the last of them closes it are reset.
+    """
+
+    server_state: State
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_delay: float,
+        drain_seconds: float,
+        draining: Callable[[], None],
+        alone: bool,
+    ) -> None:
+        super().__init__(config)
+        self.server_state = State()
+        self.drain_delay = drain_delay
+        self.draining = draining
+        self.alone = alone
+        self.ports: list[socket.socket] = []
+        # The loop itself keeps only weak references to them.
+        self.connecting: set[asyncio.Task[object]] = set()
+        # Nothing is done with it but to wait that long.
+        config.timeout_graceful_shutdown = drain_seconds  # type: ignore[assignment]
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let signals stop the server; unlike uvicorn, without raising them again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in HANDLED_SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in HANDLED_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Begin to drain, or if that has begun end at once; called in the server's loop."""
+        if self.server_state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.server_state.draining = True
+        self.draining()
+        for connection in self.server_state.connections:
+            if isinstance(connection, Connection):
+                connection.end_after_answer()
+        asyncio.get_running_loop().call_later(self.drain_delay, self._exit)
+
+    def _exit(self) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and take connections as fast as they come.
+
+        uvloop takes one in each turn of the loop, and under load a turn is long: a probe would wait
+        behind all who have come before it.
+        """
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for port in server.sockets:
+                # A descriptor of our own: the loop watches the other one.
+                own = socket.socket(fileno=os.dup(port.fileno()))
+                own.setblocking(False)
+                self.ports.append(own)
+                loop.add_reader(own, self._accept, own)
+
+    def _accept(self, port: socket.socket) -> None:
+        # None may be left: others listen too.
+        with contextlib.suppress(OSError):
+            for _ in range(ACCEPT_AT_ONCE):
+                self._connect(port.accept()[0])
+
+    def _connect(self, client: socket.socket) -> None:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        protocol = partial(
+            make, self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        task = loop.create_task(loop.connect_accepted_socket(protocol, client))
+        self.connecting.add(task)
+        task.add_done_callback(self.connecting.discard)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port, then what is idle, and wait for the answers."""
+        for server in self.servers:
+            server.close()
+        for port in self.ports:
+            asyncio.get_running_loop().remove_reader(port)
+            self._close(port)
+        if self.connecting:
+            await asyncio.wait(self.connecting)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + GRACE_SECONDS
+        while self.server_state.connections and not self.force_exit and loop.time() < end:
+            await asyncio.sleep(GRACE_SECONDS / 20)
+        await super().shutdown(sockets)
+
+    def _close(self, port: socket.socket) -> None:
+        """Close a port, and take who waited in its queue, maybe with a request sent."""
+        clients: list[socket.socket] = []
+        if self.alone:
+            turn_away(port)
+        # With no turn of the loop, whose answers would have clients come again. Where others listen
+        # too one may be faster.
+        with contextlib.suppress(OSError):
+            while len(clients) < self.config.backlog and readable(port.fileno()):
+                clients.append(port.accept()[0])
+        port.close()
+        for client in clients:
+            self._connect(client)
+
+
+def turn_away(port: socket.socket) -> None:
+    """Have the kernel drop what comes for a port, so that nobody can connect to it any more.
+
+    Whoever tries does so again by itself, a second later, and is refused once the port is closed.
+    Those whose connections wait to be taken lose nothing but time.
+    """
+    program = ctypes.create_string_buffer(KEEP_NOTHING)
+    value = struct.pack("HP", 1, ctypes.addressof(program))
+    # A system may know no filters.
+    with contextlib.suppress(OSError):
+        port.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, value)

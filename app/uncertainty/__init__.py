@@ -1,0 +1,1 @@
+"""Monte Carlo dropout: masks of the passes, and statistics of their outputs."""

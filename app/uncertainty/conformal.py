@@ -1,0 +1,69 @@
+"""Split-conformal prediction: sets and intervals that hold the truth as often as they say.
+
+The bundle has the scores of n held-out rows, to which nothing was fitted (``export/conformal.py``).
+Of n + 1 rows that are alike, the new one's score is no greater than the k-th least of the others'
+with a probability of at least k / (n + 1); so with k = ceil((n + 1) coverage) the answers whose
+score is no greater hold the truth with at least that probability, over rows and not for each row,
+whatever the model. Rows of another kind than the held-out ones have no such promise.
+
+References
+----------
+Papadopoulos, Proedrou, Vovk and Gammerman (2002), Inductive Confidence Machines for Regression.
+Lei, G'Sell, Rinaldo, Tibshirani and Wasserman (2018), Distribution-Free Predictive Inference for
+Regression, section 5.2 (residuals relative to a spread).
+Sadinle, Lei and Wasserman (2019), Least Ambiguous Set-Valued Classifiers with Bounded Error Levels.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dropserve.app.errors import InputError
+from dropserve.app.inference import batch
+from dropserve.app.inference.batch import Statistics
+from dropserve.app.uncertainty.statistics import Spreads
+from dropserve.export.bundle import Manifest
+
+
+def check(manifest: Manifest, coverage: float) -> None:
+    """Raise InputError where the bundle's scores cannot tell of such a coverage."""
+    if manifest.conformal_scores is None:
+        raise InputError("coverage", "this version's bundle holds no scores; export it anew")
+    n = len(manifest.conformal_scores[0])
+    if rank(n, coverage) > n:
+        most = math.floor(1e6 * n / (n + 1)) / 1e6
+        raise InputError("coverage", f"may be at most {most} here, as the bundle holds {n} scores")
+
+
+def rank(n: int, coverage: float) -> int:
+    """Return which of ``n`` ascending scores bounds the rest, counted from 1."""
+    # What is whole but for rounding is not to be rounded up.
+    return max(1, math.ceil(round((n + 1) * coverage, 9)))
+
+
+def thresholds(manifest: Manifest, coverage: float) -> NDArray[np.float64]:
+    """Return the greatest score that is covered: one for all classes, or ``[C]``."""
+    scores = manifest.conformal_scores
+    assert scores is not None  # checked
+    place = rank(len(scores[0]), coverage) - 1
+    return np.array([each[place] for each in scores])
+
+
+def describe(manifest: Manifest, coverage: float, statistics: Statistics) -> dict[str, object]:
+    """Name what holds the truth with such a probability.
+
+    For classes ``prediction_set``, for each row the labels whose score, 1 - mean, is covered, and
+    the likeliest in any case; for values ``prediction_interval``, mean -+ threshold x total_std.
+    """
+    moments, _, parts = statistics
+    greatest = thresholds(manifest, coverage)
+    if not isinstance(parts, Spreads):
+        covered = 1 - moments.mean.astype(np.float64) <= greatest[0]
+        covered[np.arange(len(covered)), moments.mean.argmax(axis=1)] = True
+        labels = manifest.outputs.labels
+        sets = [[labels[place] for place in np.flatnonzero(row)] for row in covered]
+        return {"prediction_set": sets}
+    margin = greatest * parts.total_std
+    lower, upper = batch.in_reach(manifest, moments.mean - margin, moments.mean + margin)
+    return {"prediction_interval": {"coverage": coverage, "lower": lower, "upper": upper}}

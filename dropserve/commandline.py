@@ -1,0 +1,114 @@
+"""The commands: which there are, how one is chosen and how its usage errors look."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+
+class Command(NamedTuple):
+    """A command, imported only when it is run, since none needs what another is built on.
+
+    Parameters
+    ----------
+    module, function
+        Where it is. The function takes the arguments after the command's name and what usage
+        messages call the command, and returns the exit status.
+    extra
+        The extra of the distribution that installs what the command needs.
+    help
+        One line for the list of commands.
+    """
+
+    module: str
+    function: str
+    extra: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        "dropserve.model.cli", "train", "train", "train a network and report on held-out rows"
+    ),
+    "evaluate": Command(
+        "dropserve.model.cli", "evaluate", "train", "judge a trained network on held-out rows"
+    ),
+    "export": Command(
+        "dropserve.export.cli", "command", "train", "turn a trained network into a verified bundle"
+    ),
+    "serve": Command("dropserve.app.cli.serve", "command", "cpu", "serve bundles over HTTP"),
+    "score": Command(
+        "dropserve.app.cli.score", "command", "score", "add its uncertainty to each row of a file"
+    ),
+    "key": Command("dropserve.app.cli.keys", "command", "cpu", "make API keys for the service"),
+}
+# Packages that commands of several extras need, and the extra that each is in.
+SHARED_EXTRAS = {"onnxruntime": "cpu"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose usage errors are one line on standard error, with exit status 2.
+
+    Parameters
+    ----------
+    prog, description, formatter_class, add_help
+        As of argparse.
+    command
+        What an error begins with; by default ``prog``.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str | None = None,
+        *,
+        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+        add_help: bool = True,
+        command: str | None = None,
+    ) -> None:
+        super().__init__(
+            prog=prog, description=description, formatter_class=formatter_class, add_help=add_help
+        )
+        self.command = command or prog
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one line on standard error."""
+        self.exit(2, f"{self.command}: error: {message}\n")
+
+
+def run(prog: str, description: str, names: Iterable[str], arguments: Sequence[str]) -> int:
+    """Run the command that the first argument names, one of ``names``; return the exit status.
+
+    Raises
+    ------
+    SystemExit
+        After ``--help``, and with status 2 if there is no such command.
+    """
+    parser = OneLineParser(prog, description)
+    choices = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    for name in names:
+        choices.add_parser(name, help=COMMANDS[name].help, add_help=False)
+    name = parser.parse_args(arguments[:1]).name
+    return start(name, f"{prog} {name}", arguments[1:])
+
+
+def start(name: str, prog: str, arguments: Sequence[str]) -> int:
+    """Import a command and run it; return the exit status.
+
+    Raises
+    ------
+    SystemExit
+        With status 1 and one line if a package is missing that an extra installs.
+    """
+    command = COMMANDS[name]
+    try:
+        function: Callable[[Sequence[str], str], int] = getattr(
+            import_module(command.module), command.function
+        )
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "dropserve":
+            raise
+        extra = SHARED_EXTRAS.get(missing, command.extra)
+        raise SystemExit(f"error: {name} needs {missing}: install the extra '{extra}'") from None
+    return function(arguments, prog)

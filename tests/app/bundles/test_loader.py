@@ -1,0 +1,46 @@
+"""What a bundle's examples may be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dropserve.app.bundles.loader import read_examples
+from dropserve.export.bundle import BundleError, Input, Manifest
+
+SHAPE = (2, 3)
+ROW = [[1, 2, 3], [4, 5, 6.5]]
+
+
+def manifest() -> Manifest:
+    """A manifest, of which only the shape of the input matters here."""
+    rows = Input(name="x", shape=SHAPE, features=(), feature_ranges=(), range=(0, 7))
+    return Manifest.model_construct(input=rows)
+
+
+def test_rows_and_what_they_are_come_as_they_are_written() -> None:
+    text = json.dumps([{"input": ROW, "truth": "a"}, {"input": [1, 2, 3, 4, 5, 6.5]}]).encode()
+    inputs, truths = read_examples(text, manifest())
+    assert inputs.dtype == np.float32
+    np.testing.assert_array_equal(inputs, [ROW, ROW])
+    assert truths == ["a", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[", "examples.json is no list of inputs"),
+        ("7", "examples.json is no list of inputs"),
+        ("[7]", "examples.json is no list of inputs"),
+        ("[[1]]", "examples.json is no list of inputs"),
+        ('[{"truth": 1}]', "examples.json is no list of inputs"),
+        ("{}", "examples.json is empty"),
+        ("[]", "examples.json is empty"),
+        ('[{"input": [1]}]', "examples.json: inputs.0: "),
+        ('[{"input": [[1, 2, 3], [4, 5, "6"]]}]', "examples.json: inputs.0.1.2: "),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(content: str, said: str) -> None:
+    with pytest.raises(BundleError) as refused:
+        read_examples(content.encode(), manifest())
+    assert str(refused.value).startswith(said)

@@ -1,0 +1,776 @@
+"""The HTTP server: it ends without losing a request, and a client can hold only so much of it."""
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+from unittest.mock import patch
+
+import pytest
+import uvicorn
+
+from dropserve.app.http import problems
+from dropserve.app.http.responses import Reply
+from dropserve.app.observability.record import Call
+from dropserve.app.server.connection import CROWD, Limits, connection_class, readable
+from dropserve.app.server.server import Server
+
+ROOT = Path(__file__).parents[3]
+# Longest that a test waits for anything.
+WAIT_SECONDS = 10
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+SLOW = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
+SLOW_SECONDS = 0.45
+BUSY = b"GET /busy HTTP/1.1\r\nhost: x\r\n\r\n"
+BUSY_SECONDS = 1.2
+REFUSED = Call("POST", "/full", "id", 1, rejected="queue")
+TOO_LONG = "Request Header Fields Too Large"
+# Polls of 0.1 s and the wait for who has just connected, on a busy machine.
+SOON_SECONDS = 0.6
+
+Message = MutableMapping[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """What a server is started with."""
+
+    connections: int
+    head_bytes: int
+    receive_seconds: float
+    keep_alive: int
+    drain_delay: float
+    drain_seconds: float
+    loop: str
+    hesitation: float
+
+
+class Toy:
+    """An application that waits, sends back, or answers before it has read."""
+
+    draining = False
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        match scope["path"]:
+            case "/health":
+                await answer(send, 503 if self.draining else 200, b"health")
+            case "/slow" | "/forever":
+                print("begun", flush=True)
+                await asyncio.sleep(SLOW_SECONDS if scope["path"] == "/slow" else 600)
+                await answer(send, 200, b"slow")
+            case "/full":
+                scope[problems.CALL] = REFUSED
+                await answer(send, 503, b"full")
+            case "/early":
+                await answer(send, 200, b"early")
+            case "/unread":
+                await asyncio.sleep(SLOW_SECONDS)
+                await echo(receive, send)
+            case _:
+                await echo(receive, send)
+
+    def at_once(self, scope: Message) -> Reply | None:
+        if scope["path"] == "/busy":
+            print("begun", flush=True)
+            # The loop can do nothing meanwhile.
+            time.sleep(BUSY_SECONDS)
+        if scope["path"] != "/full":
+            return None
+        scope[problems.CALL] = REFUSED
+        return Reply(503, b"full", [(b"content-length", b"4")])
+
+    async def crowded(self, scope: Message, receive: Any, send: Any) -> None:
+        await answer(send, 200 if scope["path"] == "/health" else 503, b"crowded")
+
+    def drain(self) -> None:
+        self.draining = True
+        print("draining", flush=True)
+
+
+async def answer(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def echo(receive: Any, send: Any) -> None:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            print("disconnect", flush=True)
+            break
+        body += message["body"]
+        more = message["more_body"]
+    await answer(send, 200, body)
+
+
+def hesitant(seconds: float, port: int) -> bool:
+    """Look whether anyone waits at a port; if not, take long, as if other processes had the CPU."""
+    found = readable(port)
+    if not found:
+        print("closing", flush=True)
+        time.sleep(seconds)
+    return found
+
+
+def serve(options: Options) -> None:
+    """Serve the toy; runs in a process of its own."""
+    toy = Toy()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    limits = Limits(
+        options.get("connections", 100),
+        options.get("head_bytes", 4096),
+        options.get("receive_seconds", 30),
+    )
+    config = uvicorn.Config(
+        toy,
+        http=connection_class(limits),
+        loop=options.get("loop", "auto"),
+        interface="asgi3",
+        lifespan="off",
+        proxy_headers=False,
+        access_log=False,
+        ws="none",
+        log_level="warning",
+        timeout_keep_alive=options.get("keep_alive", 5),
+    )
+    server = Server(
+        config,
+        drain_delay=options.get("drain_delay", 0),
+        drain_seconds=options.get("drain_seconds", WAIT_SECONDS),
+        draining=toy.drain,
+        alone=True,
+    )
+    if "hesitation" in options:
+        patch(
+            "dropserve.app.server.server.readable", partial(hesitant, options["hesitation"])
+        ).start()
+    print(listener.getsockname()[1], flush=True)
+    server.run([listener])
+    print("returned", flush=True)
+
+
+class Running:
+    """A server's process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        # When the server had ended; the end of the interpreter takes as long again.
+        self.returned = 0.0
+        self.port = int(self.line())
+        # Listening comes before serving.
+        self.ask(HEALTH.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+
+    def line(self) -> str:
+        """Wait for the next line that the process writes."""
+        assert self.process.stdout
+        with self.guarded():
+            line = self.process.stdout.readline()
+        assert line, "the process has ended"
+        return line.strip()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Kill the process if it is waited for in vain."""
+        guard = threading.Timer(3 * WAIT_SECONDS, self.process.kill)
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
+
+    def ask(self, sent: bytes) -> bytes:
+        """Send something over a new connection; return all that comes until it is closed."""
+        with self.connect() as client:
+            client.sendall(sent)
+            return rest(client)
+
+    def stop(self) -> float:
+        """Send SIGTERM, and return when, once it has been noticed."""
+        begun = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        while self.line() != "draining":
+            pass
+        return begun
+
+    def ended(self) -> str:
+        """Wait for the end, which is to be an orderly one; return the log."""
+        assert self.process.stdout
+        lines = iter(self.process.stdout.readline, "")
+        with self.guarded():
+            assert any(line == "returned\n" for line in lines)
+        self.returned = time.monotonic()
+        out, log = self.process.communicate(timeout=WAIT_SECONDS)
+        assert (self.process.returncode, out) == (0, ""), log
+        return log
+
+
+@contextmanager
+def running(**options: Unpack[Options]) -> Iterator[Running]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.app.server.test_server", json.dumps(options)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Running(process)
+    finally:
+        process.kill()
+        process.communicate(timeout=WAIT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(receive_seconds=0.3) as server:
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        # Nothing that clients did here is worth a line.
+        assert server.ended() == ""
+
+
+def until(client: socket.socket, end: bytes) -> bytes:
+    """Receive until something has come."""
+    received = client.recv(65536)
+    while end not in received:
+        more = client.recv(65536)
+        assert more, "closed before an answer"
+        received += more
+    return received
+
+
+def one(client: socket.socket) -> bytes:
+    """Receive one answer."""
+    received = until(client, b"\r\n\r\n")
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += until(client, b"")
+    return head + b"\r\n\r\n" + body
+
+
+def rest(client: socket.socket) -> bytes:
+    """Receive until the connection is closed."""
+    received = b""
+    while more := client.recv(65536):
+        received += more
+    return received
+
+
+def check_problem(received: bytes, status: int, title: str) -> None:
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    assert first == f"HTTP/1.1 {status} {title}"
+    headers = dict(line.split(": ", 1) for line in lines)
+    document = json.loads(body)
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["connection"] == "close"
+    assert int(headers["content-length"]) == len(body)
+    assert headers["x-request-id"] == document["request_id"]
+    assert len(document.pop("request_id")) == 32
+    assert document.pop("detail")
+    assert document == {"type": "about:blank", "title": title, "status": status}
+
+
+# What is received
+
+
+def test_a_kept_connection_answers_one_request_after_another(server: Running) -> None:
+    with server.connect() as client:
+        for number in range(3):
+            client.sendall(post(b"%d" % number))
+            received = one(client)
+            assert received.endswith(b"\r\n\r\n%d" % number)
+            assert b"connection: close" not in received
+
+
+def post(body: bytes, path: bytes = b"/echo") -> bytes:
+    return b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (path, len(body), body)
+
+
+def test_a_request_may_come_in_pieces(server: Running) -> None:
+    with server.connect() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in post(b"in pieces"):
+            client.sendall(bytes([byte]))
+        assert one(client).endswith(b"in pieces")
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(b"".join(post(b"<%d>" % number) for number in range(3)) + HEALTH[:9])
+        received = until(client, b"<2>")
+        assert received.index(b"<0>") < received.index(b"<1>") < received.index(b"<2>")
+        client.sendall(HEALTH[9:])
+        assert one(client).endswith(b"health")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost x\r\n\r\n",
+        b"GET \xff HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+    ],
+)
+def test_what_is_not_http_is_a_problem_and_ends_the_connection(
+    server: Running, sent: bytes
+) -> None:
+    check_problem(server.ask(sent), 400, "Bad Request")
+
+
+def test_a_body_that_breaks_off_being_http_is_a_problem(server: Running) -> None:
+    received = server.ask(
+        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\nno number\r\n"
+    )
+    assert server.line() == "disconnect"
+    check_problem(received, 400, "Bad Request")
+
+
+def test_what_was_asked_before_nonsense_is_answered(server: Running) -> None:
+    received = server.ask(post(b"before") + b"nonsense\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.endswith(b"before")
+
+
+def test_an_upgrade_is_not_taken_up(server: Running) -> None:
+    asks = b"\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+    with server.connect() as client:
+        for body in b"first", b"second":
+            client.sendall(post(body).replace(b"\r\n", asks, 1))
+            assert one(client).endswith(body)
+        client.sendall(post(b"third").replace(b"\r\n", asks, 1) + post(b"fourth"))
+        until(client, b"fourth")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /%b HTTP/1.1\r\nhost: x\r\n\r\n" % (b"a" * 4096),
+        b"GET / HTTP/1.1\r\na: %b\r\n\r\n" % (b"a" * 4096),
+        b"GET / HTTP/1.1\r\n%b\r\n" % (b"a: b\r\n" * 1000),
+        b"GET /" + b"a" * 5000,
+        b"GET / HTTP/1.1\r\na: " + b"a" * 5000,
+    ],
+    ids=["url", "value", "lines", "endless url", "endless value"],
+)
+def test_a_head_that_is_too_long_is_a_problem(server: Running, sent: bytes) -> None:
+    check_problem(server.ask(sent), 431, TOO_LONG)
+
+
+def test_a_head_is_too_long_even_if_it_came_with_another_request(server: Running) -> None:
+    head = b"GET / HTTP/1.1\r\na: %b\r\n\r\n" % (b"a" * 4096)
+    with server.connect() as client:
+        client.sendall(HEALTH + head[:2000])
+        assert one(client).endswith(b"health")
+        client.sendall(head[2000:])
+        check_problem(rest(client), 431, TOO_LONG)
+
+
+def test_a_long_body_has_no_part_in_the_length_of_a_head(server: Running) -> None:
+    body = b"a" * 1_000_000
+    with server.connect() as client:
+        for _ in range(2):
+            client.sendall(post(body))
+            assert one(client).endswith(body)
+
+
+def test_endless_trailers_are_a_problem(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(
+            b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n"
+        )
+        client.sendall(b"0\r\na: ")
+        assert_flood_ends(client)
+    assert server.line() == "disconnect"
+
+
+def assert_flood_ends(client: socket.socket) -> None:
+    """Send without an end; the server is to refuse that and to say why."""
+    client.settimeout(0.01)
+    end = time.monotonic() + WAIT_SECONDS
+    received = b""
+    while not received and time.monotonic() < end:
+        client.sendall(b"a" * 1000)
+        try:
+            received = client.recv(65536)
+        except TimeoutError:
+            continue
+    check_problem(received, 431, TOO_LONG)
+
+
+def test_a_head_that_never_ends_is_refused_while_its_client_still_sends(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(b"GET /")
+        assert_flood_ends(client)
+
+
+def test_who_sends_nothing_is_disconnected_without_a_word(server: Running) -> None:
+    assert server.ask(b"") == b""
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_a_head_that_is_late_is_a_problem(server: Running, before: bytes) -> None:
+    received = server.ask(before + HEALTH[:20])
+    check_problem(received[received.index(b"HTTP/1.1 408") :], 408, "Request Timeout")
+
+
+def test_a_body_that_is_late_is_a_problem_and_the_application_learns_of_it(server: Running) -> None:
+    received = server.ask(post(b"all of it")[:-1])
+    assert server.line() == "disconnect"
+    check_problem(received, 408, "Request Timeout")
+
+
+def test_a_body_that_trickles_is_late_as_a_whole(server: Running) -> None:
+    with server.connect() as client:
+        client.settimeout(0.05)
+        client.sendall(post(b"a" * 1000)[:-1000])
+        end = time.monotonic() + WAIT_SECONDS
+        received = b""
+        while not received and time.monotonic() < end:
+            client.sendall(b"a")
+            try:
+                received = client.recv(65536)
+            except TimeoutError:
+                continue
+        check_problem(received, 408, "Request Timeout")
+    assert server.line() == "disconnect"
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["new", "kept"])
+def test_a_request_that_came_before_the_idle_time_was_over_is_answered(before: bytes) -> None:
+    with (
+        running(keep_alive=1, receive_seconds=1) as server,
+        server.connect() as client,
+        server.connect() as silent,
+        server.connect() as busy,
+    ):
+        if before:
+            for each in client, silent:
+                each.sendall(before)
+                assert one(each).endswith(b"health")
+        busy.sendall(BUSY)
+        assert server.line() == "begun"
+        # The time is over before the server gets to read these, of which one is no request.
+        client.sendall(post(b"in time"))
+        silent.sendall(b"\r\n")
+        assert one(client).endswith(b"in time")
+        # Then both are idle.
+        assert rest(client) == rest(silent) == b""
+
+
+def test_an_answer_may_take_longer_than_a_request(server: Running) -> None:
+    with server.connect() as client:
+        for _ in range(2):
+            client.sendall(SLOW)
+            assert server.line() == "begun"
+            assert one(client).endswith(b"slow")
+
+
+def test_a_body_that_the_application_has_not_asked_for_is_not_late(server: Running) -> None:
+    body = b"a" * 1_000_000
+    with server.connect() as client:
+        client.sendall(post(body, b"/unread"))
+        assert one(client).endswith(body)
+
+
+def test_a_body_that_waits_to_be_told_to_continue_is_not_late(server: Running) -> None:
+    head = post(b"body", b"/unread")[:-4].replace(b"\r\n", b"\r\nexpect: 100-continue\r\n", 1)
+    with server.connect() as client:
+        client.sendall(head)
+        assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"body")
+        assert one(client).endswith(b"body")
+
+
+def test_a_connection_whose_request_was_answered_early_serves_the_next(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(post(b"a" * 10_000, b"/early")[:-1])
+        assert one(client).endswith(b"early")
+        client.sendall(b"a" + HEALTH)
+        assert one(client).endswith(b"health")
+
+
+def test_a_connection_whose_body_stays_out_after_the_answer_is_closed(server: Running) -> None:
+    assert server.ask(post(b"body", b"/early")[:-1]).endswith(b"early")
+
+
+def test_what_is_refused_at_once_keeps_its_place_among_the_answers(server: Running) -> None:
+    sent = [post(b"first"), post(b"none", b"/full"), post(b"none", b"/full"), HEALTH]
+    for pieces in ([b"".join(sent)], sent, [b"".join(sent)[:-9], HEALTH[-9:]]):
+        with server.connect() as client:
+            received = b""
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.01)
+            received = until(client, b"health")
+        assert received.count(b"HTTP/1.1 503 ") == received.count(b"\r\n\r\nfull") == 2
+        assert received.index(b"first") < received.index(b"full") < received.index(b"health")
+
+
+def test_what_is_refused_at_once_may_have_a_body_to_come(server: Running) -> None:
+    with server.connect() as client:
+        client.sendall(post(b"a" * 10_000, b"/full")[:-1])
+        assert one(client).endswith(b"full")
+        client.sendall(b"a" + HEALTH)
+        assert one(client).endswith(b"health")
+
+
+def test_a_client_that_was_refused_and_asks_on_is_read_ever_later(server: Running) -> None:
+    with server.connect() as client:
+        refused = 0
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            client.sendall(post(b"", b"/full"))
+            assert one(client).endswith(b"full")
+            refused += 1
+        # It pauses for 0.05, 0.1, 0.2, 0.4, 0.5 s at least.
+        assert refused <= 6
+        client.sendall(HEALTH)
+        assert one(client).endswith(b"health")
+        # And then for 0.1 s at most again.
+        client.settimeout(0.4)
+        client.sendall(post(b"", b"/full"))
+        assert one(client).endswith(b"full")
+        client.sendall(HEALTH)
+        assert one(client).endswith(b"health")
+
+
+# How many
+
+
+def test_beyond_the_connections_a_crowd_may_ask_for_health_and_no_more() -> None:
+    with running(connections=2) as server, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(server.connect())
+
+        for client in [connect() for _ in range(2)]:
+            client.sendall(HEALTH)
+            assert one(client).endswith(b"health")
+        for path, status in (b"/health", b"200"), (b"/echo", b"503"):
+            received = server.ask(HEALTH.replace(b"/health", path))
+            assert received.startswith(b"HTTP/1.1 " + status)
+            assert b"connection: close" in received
+            assert received.endswith(b"crowded")
+        crowd = [connect() for _ in range(CROWD)]
+        for _ in range(3):
+            # Closed before what is asked comes, it ends; after that, it is reset.
+            received = b""
+            with suppress(ConnectionError):
+                received = server.ask(HEALTH)
+            assert received == b""
+        crowd[-1].sendall(HEALTH)
+        assert rest(crowd[-1]).endswith(b"crowded")
+        crowd[0].close()
+        wait_for(lambda: server.ask(HEALTH).endswith(b"crowded"))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except ConnectionError:
+            pass
+        time.sleep(0.01)
+    raise AssertionError("it never became so")
+
+
+# The end
+
+
+def test_an_idle_server_ends_soon() -> None:
+    with running() as server, server.connect() as silent, server.connect() as kept:
+        kept.sendall(HEALTH)
+        assert one(kept).startswith(b"HTTP/1.1 200 ")
+        begun = server.stop()
+        assert rest(kept) == rest(silent) == b""
+        assert server.ended() == ""
+        assert server.returned - begun < SOON_SECONDS
+
+
+def test_requests_are_taken_while_the_delay_lasts() -> None:
+    with running(drain_delay=0.3) as server, server.connect() as kept:
+        kept.sendall(HEALTH)
+        assert one(kept).startswith(b"HTTP/1.1 200 ")
+        begun = server.stop()
+        for client in kept, server.connect():
+            with client:
+                client.sendall(HEALTH)
+                received = rest(client)
+                assert received.startswith(b"HTTP/1.1 503 ")
+                assert b"connection: close" in received
+        assert server.ask(post(b"work")).endswith(b"work")
+        wait_for(lambda: refuses(server))
+        assert time.monotonic() - begun > 0.3
+        assert server.ended() == ""
+
+
+def refuses(server: Running) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_what_is_being_answered_is_answered_and_then_the_process_ends() -> None:
+    with running() as server, server.connect() as client:
+        client.sendall(SLOW)
+        assert server.line() == "begun"
+        server.stop()
+        received = rest(client)
+        done = time.monotonic()
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in received
+        assert received.endswith(b"slow")
+        assert server.ended() == ""
+        assert server.returned - done < SOON_SECONDS
+
+
+def test_a_request_of_which_a_part_has_come_is_answered() -> None:
+    with running() as server, server.connect() as client:
+        client.sendall(HEALTH[:10])
+        server.stop()
+        wait_for(lambda: refuses(server))
+        client.sendall(HEALTH[10:])
+        assert rest(client).startswith(b"HTTP/1.1 503 ")
+        assert server.ended() == ""
+
+
+def test_what_takes_longer_than_draining_may_is_cancelled() -> None:
+    with running(drain_seconds=0.3) as server, server.connect() as client:
+        client.sendall(SLOW.replace(b"/slow", b"/forever"))
+        assert server.line() == "begun"
+        begun = server.stop()
+        rest(client)
+        assert "timeout graceful shutdown exceeded" in server.ended()
+        assert 0.3 < server.returned - begun < 0.3 + SOON_SECONDS
+
+
+@pytest.mark.parametrize(("drain_delay", "second"), [(0.0, signal.SIGTERM), (60.0, signal.SIGINT)])
+def test_a_second_signal_ends_at_once(drain_delay: float, second: signal.Signals) -> None:
+    with running(drain_delay=drain_delay, drain_seconds=60) as server, server.connect() as client:
+        client.sendall(SLOW.replace(b"/slow", b"/forever"))
+        assert server.line() == "begun"
+        begun = server.stop()
+        server.process.send_signal(second)
+        server.ended()
+        assert server.returned - begun < SOON_SECONDS
+
+
+def test_bytes_and_connections_that_the_kernel_holds_are_answered() -> None:
+    # Stopped, the process reads and accepts nothing while the requests and the signal come.
+    with running(connections=200) as server, ExitStack() as stack:
+        kept = [stack.enter_context(server.connect()) for _ in range(20)]
+        for client in kept:
+            client.sendall(HEALTH)
+            one(client)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        clients = [*kept, *(stack.enter_context(server.connect()) for _ in range(100))]
+        for number, client in enumerate(clients):
+            client.sendall(post(b"<%d>" % number))
+        server.process.send_signal(signal.SIGTERM)
+        os.kill(server.process.pid, signal.SIGCONT)
+        for number, client in enumerate(clients):
+            assert rest(client).endswith(b"<%d>" % number)
+        assert server.ended() == ""
+
+
+@pytest.mark.parametrize(
+    ("keep", "drain_delay", "loop"),
+    [
+        (True, 0.0, "uvloop"),
+        (False, 0.0, "uvloop"),
+        (True, 0.5, "uvloop"),
+        (False, 0.0, "asyncio"),
+    ],
+)
+def test_no_request_under_load_is_lost(keep: bool, drain_delay: float, loop: str) -> None:
+    with running(drain_delay=drain_delay, loop=loop) as server:
+        loads = [Load(server.port, keep) for _ in range(8)]
+        for load in loads:
+            load.start()
+        wait_for(lambda: all(load.answered > 5 for load in loads))
+        server.stop()
+        for load in loads:
+            load.join(timeout=WAIT_SECONDS)
+        lost = [load.lost for load in loads if load.lost]
+        # A handshake can be half over when the port begins to close.
+        assert len(lost) <= 1
+        assert all(isinstance(error, ConnectionResetError) for error in lost)
+        assert server.ended() == ""
+
+
+def test_nobody_is_lost_however_long_it_takes_to_close_the_port() -> None:
+    with running(hesitation=0.5) as server, ThreadPoolExecutor(8) as clients:
+        server.process.send_signal(signal.SIGTERM)
+        while server.line() != "closing":
+            pass
+        errors = [
+            each.exception() for each in [clients.submit(server.ask, HEALTH) for _ in range(8)]
+        ]
+        assert Counter(map(type, errors)) == {ConnectionRefusedError: 8}
+        assert server.ended() == ""
+
+
+class Load(threading.Thread):
+    """A client that asks one thing after another until it is refused before it has asked."""
+
+    def __init__(self, port: int, keep: bool) -> None:
+        super().__init__(daemon=True)
+        self.port = port
+        self.keep = keep
+        self.answered = 0
+        self.lost: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while True:
+                client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
+                try:
+                    client.connect()
+                except ConnectionError:
+                    # Refused, or the port was closed in the middle of the handshake.
+                    return
+                with closing(client):
+                    self.ask(client)
+        except Exception as error:
+            self.lost = error
+
+    def ask(self, client: http.client.HTTPConnection) -> None:
+        """Ask until the server closes the connection, or once if it is not to be kept."""
+        while client.sock:
+            body = b"%d" % self.answered
+            client.request("POST", "/echo", body)
+            received = client.getresponse()
+            assert received.read() == body
+            self.answered += 1
+            if not self.keep:
+                return
+            time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
