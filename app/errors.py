@@ -1,6 +1,7 @@
-"""What can go wrong, as exceptions whose message is for a person.
+"""Errors with a message for a person.
 
-``api.problems`` turns them into HTTP answers, ``__main__`` a ``StartError`` into an exit status.
+``http.problems`` turns them into HTTP responses, and a command turns a ``StartError`` into its exit
+status.
 """
 
 
@@ -16,7 +17,7 @@ class InputError(Exception):
     """
 
     def __init__(self, path: str, message: str) -> None:
-        # As they came, so that it can be sent to another process.
+        # Unformatted, so that pickle can rebuild it in another process.
         super().__init__(path, message)
         self.path = path
         self.message = message
@@ -30,18 +31,18 @@ class UnknownModel(Exception):
 
 
 class LoadError(Exception):
-    """A change of the models that are served, refused or made in part."""
+    """A change of the served models that was refused, or made only in part."""
 
 
 class Overloaded(Exception):
-    """More work than the queue may hold.
+    """More work than the service may hold.
 
     Parameters
     ----------
     message
-        What is full.
+        Names the limit.
     seconds
-        After which a client may try again.
+        Time after which the client may try again.
     """
 
     def __init__(self, message: str, seconds: int) -> None:
@@ -50,11 +51,11 @@ class Overloaded(Exception):
 
 
 class DeadlineExceeded(Exception):
-    """A request whose time was up before its work was done."""
+    """A request whose time limit passed before its work was done."""
 
 
 class StartError(Exception):
-    """The service cannot start as it was told to."""
+    """A command or the service cannot start as it was told to."""
 
 
 class DeviceUnavailable(StartError):
@@ -62,8 +63,8 @@ class DeviceUnavailable(StartError):
 
 
 class Unauthorized(Exception):
-    """A request without an API key that is known; the message never holds the key."""
+    """A request without a known API key; the message never contains the key."""
 
 
 class Forbidden(Exception):
-    """A request whose API key is not for what it asks for."""
+    """A request whose API key lacks the scope it needs."""

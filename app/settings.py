@@ -1,4 +1,4 @@
-"""The service's settings: command-line options, each also an environment variable."""
+"""The settings of the service: command-line options that are environment variables, too."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dropserve.app.inference.service import QUEUE_ROWS
 from dropserve.app.observability.record import MAX_TIMEOUT_MS
 from dropserve.app.processes.cpus import available
 
@@ -48,42 +47,42 @@ class Settings(BaseSettings):
     max_head_bytes: int = Field(32 * 2**10, ge=1024, description="longest head of a request")
     max_connections: int = Field(1024, ge=1, description="most open connections of a worker")
     queue_rows: int = Field(
-        QUEUE_ROWS, ge=1, description="most rows x passes of all requests of a worker"
+        4_000_000, ge=1, description="most rows x passes of all requests of a worker"
     )
     timeout_ms: int = Field(
         30_000,
         ge=1,
         le=MAX_TIMEOUT_MS,
-        description="how long an answer may take where X-Request-Timeout-Ms does not say",
+        description="how long a response may take, unless X-Request-Timeout-Ms is set",
     )
     receive_seconds: float = Field(
         20, gt=0, allow_inf_nan=False, description="how long a request may take to arrive"
     )
     api_keys_file: Path | None = Field(
-        None, description="keys that may ask (python -m app key new makes them)"
+        None, description="file of API keys (dropserve key new makes them)"
     )
-    open: bool = Field(False, description="listen on other than a loopback address without keys")
+    open: bool = Field(False, description="allow other than a loopback address without API keys")
     cors_origins: str = Field(
-        "", description="origins whose pages may ask, separated by commas; *: all"
+        "", description="origins whose pages may send requests, separated by commas; *: all"
     )
     drain_delay_seconds: float = Field(
         0,
         ge=0,
         allow_inf_nan=False,
-        description="how long requests are still taken once the service is told to end",
+        description="how long requests are still accepted after the signal to stop",
     )
     drain_seconds: float = Field(
-        25, ge=0, allow_inf_nan=False, description="how long it then finishes what it has taken"
+        25, ge=0, allow_inf_nan=False, description="how long accepted requests may then take"
     )
 
     @field_validator("api_keys_file", mode="before")
     @classmethod
     def none_if_empty(cls, value: object) -> object:
-        """Take an empty variable as none, as compose files write it."""
+        """Take an empty variable as unset, as compose files write it."""
         return None if value == "" else value
 
     def origins(self) -> tuple[str, ...]:
-        """Return the origins whose pages may ask."""
+        """Return the origins whose pages may send requests."""
         return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
 
     def sized(self) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def measure(
     found: list[timing.Row] = []
     rate = product_rate(device)
     for width in widths:
-        bundle = loader.read(network.models(width) / "digits" / "1")
+        bundle = loader.read_bundle(network.models(width) / "digits" / "1")
         engine, cpu = Engine(bundle, device), Engine(bundle, "cpu")
         for count in rows:
             works, parity = alternatives(bundle, engine, cpu, count)

@@ -23,8 +23,10 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from benchmarks import network, timing
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 from dropserve.export.trace import swap_dropouts
 from dropserve.model import checkpoint
 
@@ -67,8 +69,14 @@ def works(width: int, rows: int) -> dict[str, Work]:
     models = network.models(width)
     trained = checkpoint.load(network.run(width))
     x = trained.holdout.x[:rows]
-    service = Service(
-        load_engines(models, "cpu"), max_rows=rows, max_passes=PASSES, max_row_passes=10**6
+    service = BlockingService(
+        Service(
+            load_engines(models, "cpu"),
+            max_rows=rows,
+            max_passes=PASSES,
+            max_row_passes=10**6,
+            queue_rows=10**6,
+        )
     )
     query = Query(x.tolist(), "digits", 1, PASSES, seed=7, interval=0.9)
     found: dict[str, Work] = {

@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from benchmarks import timing
-from dropserve.app.http import request_body
+from dropserve.app.http import messages
 from dropserve.app.http.schemas import PredictRequest
 from dropserve.app.http.v2 import codec
 from dropserve.app.inference.rows import read_rows
@@ -28,10 +28,10 @@ def main() -> None:
     seconds = timing.interleaved(
         {
             "/predict": lambda: read_rows(
-                request_body.parse(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
+                messages.parse_json(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
             ),
-            "Open Inference Protocol, JSON": lambda: codec.read(listed, None),
-            "Open Inference Protocol, binary": lambda: codec.read(binary, len(head)),
+            "Open Inference Protocol, JSON": lambda: codec.parse_request(listed, None),
+            "Open Inference Protocol, binary": lambda: codec.parse_request(binary, len(head)),
         }
     )
     fastest = min(seconds.values())

@@ -21,8 +21,10 @@ from functools import partial
 import numpy as np
 
 from benchmarks import network, timing
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 
 PASSES = (1, 10, 100, 1000, 10_000)
 ROWS = (1, 4, 16, 64, 256)
@@ -70,17 +72,20 @@ def compare() -> None:
     timing.report(__file__, f"Uncertainty queries, one thread ({timing.machine()})", found)
 
 
-def load(width: int) -> Service:
-    """Load the network that is so wide."""
-    return Service(
-        load_engines(network.models(width), "cpu"),
-        max_rows=max(ROWS),
-        max_passes=max(PASSES),
-        max_row_passes=MOST_ROW_PASSES,
+def load(width: int) -> BlockingService:
+    """Load the network of some width."""
+    return BlockingService(
+        Service(
+            load_engines(network.models(width), "cpu"),
+            max_rows=max(ROWS),
+            max_passes=max(PASSES),
+            max_row_passes=MOST_ROW_PASSES,
+            queue_rows=MOST_ROW_PASSES,
+        )
     )
 
 
-def work(service: Service, rows: int, passes: int) -> Work:
+def work(service: BlockingService, rows: int, passes: int) -> Work:
     """Return a query of held-out rows."""
     with np.load(network.run(DEFAULT_WIDTH) / "holdout.npz") as holdout:
         inputs = holdout["x"][:rows].tolist()

@@ -217,7 +217,7 @@ class Soak:
         if question.path != "/predict":
             return
         x = np.asarray(question.document["inputs"], np.float32).reshape(-1, 64)
-        content, length = codec.write({}, [("x", x, True)])
+        content, length = codec.write_response({}, [("x", x, True)])
         # An answer is written as a request is, but for the name of the list.
         head = json.loads(content[:length])
         head = json.dumps(

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks import network, timing
-from dropserve.app.inference.batch import as_answers, values
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.batch import activate
 from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 from dropserve.app.uncertainty.masks import KINDS, stream
+from dropserve.app.uncertainty.summary import values
 from dropserve.model import checkpoint
 
 DATA = ("digits", "diabetes")
@@ -59,7 +62,7 @@ def variances(data: str, p: float) -> list[timing.Row]:
     """Compare how the means of passes scatter, over seeds."""
     name = f"{data}-{p:g}"
     service, x = served(name, data, p)
-    engine = service.models.find(name, 1).engine
+    engine = service.service.registry.find(name, 1).engine
     found: dict[str, Floats] = {}
     held: dict[str, float] = {}
     for kind in KINDS:
@@ -91,7 +94,7 @@ def variances(data: str, p: float) -> list[timing.Row]:
     ]
 
 
-def served(name: str, data: str, p: float) -> tuple[Service, NDArray[np.float32]]:
+def served(name: str, data: str, p: float) -> tuple[BlockingService, NDArray[np.float32]]:
     """Train and export a network, once; return a service of it, and held-out rows."""
     folder = network.FOLDER / "stratified"
     run, models = folder / "runs" / name, folder / "models"
@@ -99,10 +102,11 @@ def served(name: str, data: str, p: float) -> tuple[Service, NDArray[np.float32]
         network.command("model", "train", "--data", data, "--p", str(p), "--out", str(run))
         network.command("export", str(run), "--models", str(models), "--name", name)
     engines = load_engines(models, "cpu")
+    most = ROWS * COST_PASSES
     service = Service(
-        engines, max_rows=ROWS, max_passes=COST_PASSES, max_row_passes=ROWS * COST_PASSES
+        engines, max_rows=ROWS, max_passes=COST_PASSES, max_row_passes=most, queue_rows=most
     )
-    return service, checkpoint.load(run).holdout.x[:ROWS]
+    return BlockingService(service), checkpoint.load(run).holdout.x[:ROWS]
 
 
 def mean_of(engine: Engine, x: NDArray[np.float32], draw: Draw, seed: int) -> Floats:
@@ -115,7 +119,7 @@ def mean_of(engine: Engine, x: NDArray[np.float32], draw: Draw, seed: int) -> Fl
         for site in engine.manifest.sites
     }
     outputs = engine.passes(x, np.repeat(np.arange(len(x)), PASSES), masks)
-    answers = values(engine.manifest, as_answers(engine.manifest, outputs))
+    answers = values(engine.manifest, activate(engine.manifest, outputs))
     mean: Floats = answers.astype(np.float64).reshape(len(x), PASSES, -1).mean(axis=1)
     return mean
 
@@ -138,7 +142,7 @@ def costs() -> list[timing.Row]:
     """Time masks, and whole queries, of both kinds."""
     name = f"digits-{PS[0]:g}"
     service, x = served(name, "digits", PS[0])
-    sites = service.models.find(name, 1).manifest.sites
+    sites = service.service.registry.find(name, 1).manifest.sites
     found: list[timing.Row] = []
     for count in COST_ROWS:
         passes = range(COST_PASSES)

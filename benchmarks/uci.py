@@ -41,7 +41,7 @@ from tqdm import tqdm
 from benchmarks import timing
 from benchmarks.gal2016 import PAPER, SPLITS, Data, Figure, load
 from dropserve.app.inference import batch
-from dropserve.app.inference.batch import Draw
+from dropserve.app.inference.batch import PassesJob
 from dropserve.app.inference.engine import Engine
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.uncertainty.masks import MaskStream
@@ -265,7 +265,8 @@ def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder
 def passes(engine: Engine, x: NDArray[np.float32], seed: int) -> Samples:
     """Draw passes ``[T, B, C]`` of rows ``x [B, D]``, as the service does for a request."""
     stream = MaskStream(seed, engine.manifest.sites)
-    (samples,) = batch.draw(engine, [Draw(x, stream, range(len(x)), range(PASSES), None)])
+    job = PassesJob(x, stream, range(len(x)), range(PASSES), None)
+    (samples,) = batch.run_passes(engine, [job])
     # Neither a summary, since there is no level, nor an error.
     assert isinstance(samples, np.ndarray)
     return samples

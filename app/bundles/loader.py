@@ -1,7 +1,7 @@
 """Find the bundles in the models folder and read them.
 
 Every file is checked against its SHA-256, and nothing outside the models folder is read: no link
-leads out, and no graph (``graph_check``).
+leads out, and no graph refers to other files (``onnx_guard``).
 """
 
 import logging
@@ -9,39 +9,26 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import orjson
-from numpy.typing import NDArray
 
 from dropserve.app.bundles import onnx_guard
-from dropserve.app.errors import InputError, StartError
-from dropserve.app.inference.rows import rows_from_lists
+from dropserve.app.errors import StartError
 from dropserve.export import bundle
 
 log = logging.getLogger(__name__)
 
 
-class Examples(NamedTuple):
-    """Real rows of input, and what they are."""
-
-    inputs: NDArray[np.float32]  # [E, *shape]
-    truths: list[object]  # a label each, or values; None where it is not known
-
-
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was read whole."""
+    """The content of a bundle; ``examples`` is JSON."""
 
     manifest: bundle.Manifest
     predict: bytes
     stochastic: bytes
-    examples: Examples
+    examples: bytes
 
 
-def places(models: Path) -> Iterator[Path]:
-    """List ``models/NAME/VERSION``, by name and version.
+def bundle_folders(models: Path) -> Iterator[Path]:
+    """Iterate over the folders ``models/NAME/VERSION``, by name and version.
 
     Raises
     ------
@@ -65,7 +52,7 @@ def places(models: Path) -> Iterator[Path]:
 
 
 def is_model(entry: Path) -> bool:
-    """Tell whether an entry of the models folder can be a model's."""
+    """Tell whether an entry of the models folder can hold a model."""
     try:
         bundle.check_name(entry.name)
     except bundle.BundleError:
@@ -73,7 +60,7 @@ def is_model(entry: Path) -> bool:
     return entry.is_dir()
 
 
-def read(place: Path) -> Bundle:
+def read_bundle(place: Path) -> Bundle:
     """Read the bundle at ``place``.
 
     Raises
@@ -82,33 +69,12 @@ def read(place: Path) -> Bundle:
         If it is damaged, changed or of a newer schema, or reaches outside itself.
     """
     manifest = read_manifest(place)
-    predict, stochastic, text = (bundle.read_file(place, manifest, file) for file in bundle.FILES)
+    predict, stochastic, examples = (
+        bundle.read_file(place, manifest, file) for file in bundle.FILES
+    )
     onnx_guard.check(bundle.PREDICT, predict)
     onnx_guard.check(bundle.STOCHASTIC, stochastic)
-    return Bundle(manifest, predict, stochastic, read_examples(text, manifest))
-
-
-def read_examples(text: bytes, manifest: bundle.Manifest) -> Examples:
-    """Read a bundle's examples.
-
-    Raises
-    ------
-    BundleError
-        If there are none, or they are no rows of the model's input.
-    """
-    try:
-        examples = orjson.loads(text)
-        inputs = [example["input"] for example in examples]
-        truths = [example.get("truth") for example in examples]
-    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError):
-        raise bundle.BundleError(f"{bundle.EXAMPLES} is no list of inputs") from None
-    if not inputs:
-        raise bundle.BundleError(f"{bundle.EXAMPLES} is empty")
-    try:
-        rows = rows_from_lists(inputs, manifest.input.shape, len(inputs))
-    except InputError as error:
-        raise bundle.BundleError(f"{bundle.EXAMPLES}: {error}") from None
-    return Examples(rows, truths)
+    return Bundle(manifest, predict, stochastic, examples)
 
 
 def read_manifest(place: Path) -> bundle.Manifest:
@@ -126,7 +92,7 @@ def read_manifest(place: Path) -> bundle.Manifest:
 def check_inside(place: Path) -> None:
     """Raise BundleError if links lead from ``models/NAME/VERSION`` out of the models folder.
 
-    Where the models folder itself lies does not matter: orchestrators mount it by links.
+    The models folder itself may be reached by links: orchestrators mount it that way.
     """
     models = os.path.realpath(place.parent.parent)
     if not Path(os.path.realpath(place)).is_relative_to(models):

@@ -1,12 +1,11 @@
 """``dropserve score``: the uncertainty of each row of a Parquet file, in bounded memory.
 
-Parts of the file are scored by the threads of one machine or, with ``--ray``, by the processes of a
-cluster; they come back, and are written, in order.
+The threads of one machine or, with ``--ray``, the processes of a cluster score parts of the file,
+which are written in order.
 """
 
 import argparse
 import os
-import secrets
 import signal
 import sys
 from collections import deque
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from dropserve.app.errors import InputError, StartError, UnknownModel
 from dropserve.app.inference.providers import Device
-from dropserve.app.inference.service import SEED_BITS
+from dropserve.app.inference.query import SEED_LIMIT, Query, draw_seed
 from dropserve.app.processes.cpus import available
 from dropserve.app.scoring import parquet, ray
 from dropserve.app.scoring.scorer import MAX_ROWS, Scorer, Task
@@ -29,17 +28,17 @@ from dropserve.app.settings import Settings
 from dropserve.app.uncertainty.masks import KINDS
 from dropserve.commandline import OneLineParser
 
-# As for the service, unless that is told otherwise: what bounds the memory of a row.
+# The default of the service: it bounds the memory of a row.
 MAX_PASSES: int = Settings.model_fields["max_passes"].default
 DEVICES = ("auto", *get_args(Device))
-# The exit status of what was told to end, as shells have it.
+# Exit status after an interrupt, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
 
 
 def command(arguments: Sequence[str], prog: str) -> int:
     """Run the command line after ``score``; return the exit status."""
     options = build_parser(prog).parse_args(arguments)
-    seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+    seed = draw_seed() if options.seed is None else options.seed
     task = Task(
         options.models.resolve(),
         options.device,
@@ -50,7 +49,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
         options.interval,
         options.masks,
     )
-    # As Ctrl-C does: what is half written goes.
+    # As on Ctrl-C: an unfinished output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rows = score(options.input, options.output, task, on_ray=options.ray)
@@ -70,17 +69,21 @@ def build_parser(prog: str) -> OneLineParser:
     """Describe the command line."""
     parser = OneLineParser(
         prog,
-        "Run train-mode passes of each row of a Parquet file, and write what they say.",
+        "Run train-mode passes of each row of a Parquet file, and write their statistics.",
     )
     parser.add_argument("input", type=Path, metavar="IN.parquet")
     parser.add_argument("output", type=Path, metavar="OUT.parquet", help="replaced if it is there")
-    parser.add_argument("--passes", type=passes, default=100, help="of each row (default: 100)")
+    parser.add_argument(
+        "--passes", type=passes, default=Query.passes, help="of each row (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=seed, help="of the masks; drawn and told if not given")
-    parser.add_argument("--interval", type=level, default=0.9, help="its level (default: 0.9)")
+    parser.add_argument(
+        "--interval", type=level, default=Query.interval, help="its level (default: %(default)s)"
+    )
     parser.add_argument(
         "--masks",
         choices=KINDS,
-        default="independent",
+        default=Query.masks,
         help="as the service's (default: %(default)s)",
     )
     parser.add_argument("--model", help="needed where there are several")
@@ -94,33 +97,33 @@ def build_parser(prog: str) -> OneLineParser:
 
 
 def default(name: str) -> object:
-    """Return what a setting of the service is, by its variable or its default."""
+    """Return a setting of the service: its environment variable or its default."""
     return os.environ.get(f"DROPSERVE_{name.upper()}") or Settings.model_fields[name].default
 
 
 def positive(text: str) -> int:
-    """Read a whole number that is at least 1."""
+    """Parse a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 
 
 def passes(text: str) -> int:
-    """Read how many passes are asked for."""
+    """Parse the number of passes."""
     if not text.isdecimal() or not 1 <= int(text) <= MAX_PASSES:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_PASSES}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """Read a seed."""
-    if not text.isdecimal() or int(text) >= 2**63:
+    """Parse a seed."""
+    if not text.isdecimal() or int(text) >= SEED_LIMIT:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2^63 - 1")
     return int(text)
 
 
 def level(text: str) -> float:
-    """Read the level of an interval."""
+    """Parse the level of an interval."""
     try:
         value = float(text)
     except ValueError:
@@ -131,26 +134,26 @@ def level(text: str) -> float:
 
 
 def device(text: str) -> str:
-    """Read a device; unlike choices, this is asked of the variable's value, too."""
+    """Parse a device. Unlike ``choices``, this also checks the environment variable."""
     if text not in DEVICES:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DEVICES)}")
     return text
 
 
 def score(source: Path, target: Path, task: Task, *, on_ray: bool) -> int:
-    """Score a file into another, which is there once it is whole; return the number of rows.
+    """Score a file into another, which appears once it is complete; return the number of rows.
 
     Raises
     ------
     InputError, StartError, UnknownModel
-        If something is wrong with the rows, the models or files, or the cluster.
+        If there is a fault in the rows, the models, the files or the cluster.
     """
     target = parquet.check_target(source, target)
     if on_ray:
         ray.connect()
-        # On a node where Ray has not given it a GPU a process is not to take one.
+        # A process must not take a GPU that Ray has not assigned to it.
         task = replace(task, device="cpu" if task.device == "auto" else task.device)
-    # What the file is to be like can be said without a GPU here.
+    # The schema of the output does not need a GPU here.
     scorer = load(replace(task, device="cpu") if on_ray else task)
     with parquet.opened(source) as file:
         rows: int = file.metadata.num_rows
@@ -173,24 +176,24 @@ def load(task: Task) -> Scorer:
     Raises
     ------
     StartError, UnknownModel
-        If that cannot be, or it is not said which.
+        If it cannot be loaded, or a name is needed and missing.
     """
     try:
         return Scorer(task)
     except InputError as error:
-        # Of the command line, not of the file.
+        # A fault of the command line, not of the file.
         raise StartError(f"--{error}") from None
 
 
 def counted(scored: Iterator[pa.Table], count: Callable[[int], object]) -> Iterator[pa.Table]:
-    """Count the rows of tables as they are taken."""
+    """Count the rows of tables as they pass."""
     for table in scored:
         yield table
         count(len(table))
 
 
 def in_threads(source: Path, rows: int, scorer: Scorer) -> Iterator[pa.Table]:
-    """Score a file with as many threads as there are CPUs; little more than they have is read."""
+    """Score a file with one thread for each CPU, without reading far ahead."""
     threads = available()
     scoring: deque[Future[pa.Table]] = deque()
     pool = ThreadPoolExecutor(threads)
@@ -202,5 +205,5 @@ def in_threads(source: Path, rows: int, scorer: Scorer) -> Iterator[pa.Table]:
         while scoring:
             yield scoring.popleft().result()
     finally:
-        # What has begun is a table or two.
+        # The tables under way take a second or two.
         pool.shutdown(cancel_futures=True)

@@ -1,23 +1,22 @@
-"""Build the ASGI application: endpoints, everything else by FastAPI, and the way in for all."""
+"""Build the HTTP application: the endpoints, and FastAPI with the rest."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.app.errors import Overloaded
-from dropserve.app.http import console, openapi, problems, request_body, responses
-from dropserve.app.http.context import Gate, Headers
-from dropserve.app.http.handler import CLIENT_LEFT, LONGEST_BODIES, Endpoint
+import dropserve
+from dropserve.app.http import console, messages, openapi, problems
+from dropserve.app.http.context import Context
+from dropserve.app.http.handler import Application, Endpoint
+from dropserve.app.http.messages import json_response, starlette_response
+from dropserve.app.http.problems import RECORD
 from dropserve.app.http.schemas import (
     Alive,
     Live,
@@ -27,134 +26,17 @@ from dropserve.app.http.schemas import (
     Ready,
     UncertaintyRequest,
 )
-from dropserve.app.http.v2 import repository, routes
-from dropserve.app.inference.service import Answer, Query, Queue, Service, Steps
-from dropserve.app.processes.ipc import Group
+from dropserve.app.http.v2 import infer, repository, routes
+from dropserve.app.inference.admission import Admission
+from dropserve.app.inference.query import Query
+from dropserve.app.inference.service import Service
+from dropserve.app.observability.record import RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
 
-HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
-INFER = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
-# What is counted for a path that nothing is at.
-UNKNOWN = "other"
-# Headers that a page of an allowed origin may send, and read.
-MAY_SEND = (
-    *("authorization", "content-type", "inference-header-content-length", "traceparent"),
-    *("x-api-key", "x-request-id", "x-request-timeout-ms"),
-)
-MAY_READ = ("inference-header-content-length", "retry-after", "x-request-id")
-
-
-class Application:
-    """The endpoints, and FastAPI for everything else.
-
-    Parameters
-    ----------
-    endpoints
-        By path; each takes POST.
-    infer
-        The Open Inference Protocol's, whose path names a model.
-    rest
-        Knows the endpoints too, so that it refuses other methods.
-    gate
-        Lets requests of the rest in, and takes note of them.
-    origins
-        Whose pages may ask.
-    """
-
-    def __init__(
-        self,
-        endpoints: Mapping[str, Endpoint[Any]],
-        infer: Endpoint[Any],
-        rest: FastAPI,
-        gate: Gate,
-        origins: tuple[str, ...],
-    ) -> None:
-        self.endpoints = endpoints
-        self.infer = infer
-        self.rest = rest
-        self.gate = gate
-        self.openapi = rest.openapi
-        self.draining = False
-        self.answer: ASGIApp = self.route
-        # Whether answers get headers by the way.
-        self.cors = bool(origins)
-        if origins:
-            self.answer = CORSMiddleware(
-                self.route,
-                allow_origins=origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=MAY_SEND,
-                expose_headers=MAY_READ,
-            )
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Answer a request, or take part in starting and stopping."""
-        return self.answer(scope, receive, send)
-
-    def route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Find who answers a request."""
-        if scope["type"] != "http":
-            return self.rest(scope, receive, send)
-        endpoint = self.find(scope)
-        return endpoint(scope, receive, send) if endpoint else self.other(scope, receive, send)
-
-    def find(self, scope: Scope) -> Endpoint[Any] | None:
-        """Return the endpoint that a request is for."""
-        if scope["method"] != "POST":
-            return None
-        if routes.PATH.fullmatch(scope["path"]):
-            return self.infer
-        return self.endpoints.get(scope["path"])
-
-    def at_once(self, scope: Scope) -> responses.Reply | None:
-        """Refuse a request whose head is there if there is no room for it; see ``Endpoint``."""
-        endpoint = self.find(scope)
-        return endpoint.at_once(scope) if endpoint and not self.cors else None
-
-    async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request that is for no endpoint."""
-        scope[problems.CALL] = call = self.gate.enter(
-            scope["method"], UNKNOWN, dict(scope["headers"])
-        )
-        status = CLIENT_LEFT
-
-        async def send_named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                name = (b"x-request-id", call.id.encode())
-                message["headers"] = [*message.get("headers", ()), name]
-            await send(message)
-
-        try:
-            await self.rest(scope, receive, send_named)
-        finally:
-            call.route = getattr(scope.get("route"), "path", UNKNOWN)
-            self.gate.leave(call, status)
-
-    async def crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request of a connection that is one too many: only how the service is."""
-        if scope["path"] in HEALTH:
-            await self(scope, receive, send)
-            return
-        scope[problems.CALL] = call = self.gate.enter(
-            scope["method"], UNKNOWN, dict(scope["headers"])
-        )
-        answer = problems.respond(scope, Overloaded("too many connections are open", 1))
-        call.rejected = "connections"
-        await responses.send(send, answer, call.id)
-        self.gate.leave(call, answer.status)
-
-    def refused(self, status: int) -> str:
-        """Take note of a request that was refused for its form; return the id it is given."""
-        call = self.gate.enter("", UNKNOWN, {})
-        call.rejected = "head"
-        self.gate.leave(call, status)
-        return call.id
-
-    def drain(self) -> None:
-        """Say from now on that no requests should be sent here."""
-        self.draining = True
+# Bodies of the maximum length that may be held at a time, or more shorter ones. The numbers of JSON
+# take some ten times the memory of their text.
+LONGEST_BODIES = 8
+DEBUG_ENDPOINTS = ("/debug/mc", "/console/masks")
 
 
 def create(
@@ -162,167 +44,172 @@ def create(
     *,
     debug: bool,
     max_body_bytes: int,
-    gate: Gate,
-    group: Group,
-    exposition: Callable[[], Awaitable[bytes]],
-    begin: Callable[[], None],
-    end: Callable[[], None],
+    context: Context,
+    load: Callable[[str], Awaitable[None]],
+    unload: Callable[[str], Awaitable[None]],
+    metrics: Callable[[], Awaitable[bytes]],
+    startup: Callable[[], None],
+    shutdown: Callable[[], None],
     origins: tuple[str, ...] = (),
 ) -> Application:
-    """Return the application that answers with ``service``.
+    """Return the application of a service.
 
     Parameters
     ----------
     service
-        The models.
+        Answers the requests.
     debug
-        Whether ``POST /debug/mc`` answers.
+        Whether ``POST /debug/mc`` is on.
     max_body_bytes
         Longest request body.
-    gate
-        Lets requests in.
-    group
-        Has all workers change what is served.
-    exposition
+    context
+        Opens the record of each request.
+    load, unload
+        Have all workers load or unload a model.
+    metrics
         Writes the metrics of all workers.
-    begin, end
-        Called on the event loop before the first request, and after the last.
+    startup, shutdown
+        Called on the event loop before the first request and after the last.
     origins
-        Whose pages may ask, ``*``: everybody's.
+        Origins whose pages may send requests; ``*``: any.
     """
+    bodies = Admission(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
 
-    def predict(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
-        """Predict rows in eval mode."""
-        r = request_body.parse(headers, content, PredictRequest)
-        return service.predict_steps(r.inputs, r.model, r.version)
-
-    def uncertainty(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
-        """Run train-mode passes of rows and answer with their statistics."""
-        return service.uncertainty_steps(
-            query(request_body.parse(headers, content, UncertaintyRequest))
+    def endpoint(
+        route: str,
+        key_scope: KeyScope,
+        parse: Callable[[messages.Request], Any],
+        answer: Callable[[Any, RequestRecord], Awaitable[messages.Response]],
+    ) -> Endpoint[Any]:
+        return Endpoint(
+            route,
+            key_scope,
+            parse,
+            answer,
+            context=context,
+            admission=service.admission,
+            max_body_bytes=max_body_bytes,
+            bodies=bodies,
         )
 
-    def debug_mc(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
-        """Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1."""
-        return service.debug_steps(query(request_body.parse(headers, content, UncertaintyRequest)))
+    def parse_predict(request: messages.Request) -> PredictRequest:
+        return messages.parse_json(request.headers, request.body, PredictRequest)
 
-    def masks(_: Scope, headers: Headers, content: bytes | bytearray) -> Steps[Answer]:
-        """Show the masks of a request's first pass. Off unless DROPSERVE_DEBUG=1."""
-        r = request_body.parse(headers, content, MasksRequest)
-        return service.masks_steps(r.model, r.version, r.passes, r.seed, r.masks)
+    async def predict(asked: PredictRequest, record: RequestRecord) -> messages.Response:
+        return json_response(
+            await service.predict(asked.inputs, asked.model, asked.version, record)
+        )
 
-    def infer(scope: Scope, headers: Headers, content: bytes | bytearray) -> Steps[routes.Written]:
-        """Answer the Open Inference Protocol."""
-        return routes.infer(service, scope, headers, content)
+    def parse_query(request: messages.Request) -> Query:
+        return messages.parse_json(request.headers, request.body, UncertaintyRequest).query()
 
-    bodies = Queue(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
-    made = (service, gate, max_body_bytes, bodies)
-    endpoints: dict[str, Endpoint[Any]] = {
-        "/predict": Endpoint("/predict", "predict", predict, json_reply, *made),
-        "/uncertainty": Endpoint("/uncertainty", "predict", uncertainty, json_reply, *made),
-        "/debug/mc": Endpoint("/debug/mc", "debug", debug_mc, json_reply, *made),
-        "/console/masks": Endpoint("/console/masks", "debug", masks, json_reply, *made),
+    async def uncertainty(query: Query, record: RequestRecord) -> messages.Response:
+        return json_response(await service.uncertainty(query, record))
+
+    async def debug_mc(query: Query, record: RequestRecord) -> messages.Response:
+        return json_response(await service.debug(query, record))
+
+    def parse_masks(request: messages.Request) -> MasksRequest:
+        return messages.parse_json(request.headers, request.body, MasksRequest)
+
+    async def masks(asked: MasksRequest, record: RequestRecord) -> messages.Response:
+        return json_response(
+            await service.masks(
+                asked.model, asked.version, asked.passes, asked.seed, asked.masks, record
+            )
+        )
+
+    endpoints = {
+        "/predict": endpoint("/predict", "predict", parse_predict, predict),
+        "/uncertainty": endpoint("/uncertainty", "predict", parse_query, uncertainty),
+        "/debug/mc": endpoint("/debug/mc", "debug", parse_query, debug_mc),
+        "/console/masks": endpoint("/console/masks", "debug", parse_masks, masks),
     }
-    inferring = Endpoint(INFER[0], "predict", infer, routes.write, *made)
+    infer_endpoint = endpoint(infer.ROUTES[0], "predict", infer.parse, infer.Infer(service).answer)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        begin()
+        startup()
         yield
-        end()
+        shutdown()
 
     rest = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
         title="dropserve",
+        version=dropserve.__version__,
         description="Predictions of networks with dropout, and how sure they are of them.",
         lifespan=lifespan,
         redirect_slashes=False,
     )
     problems.register(rest)
     rest.openapi = lambda: openapi.document(  # type: ignore[method-assign] # as FastAPI documents
-        rest, service, keys=gate.keys is not None
+        rest, service, keys=context.keys is not None
     )
-    application = Application(endpoints, inferring, rest, gate, origins)
+    application = Application(
+        endpoints, infer_endpoint, infer.PATH.fullmatch, rest, context, origins
+    )
 
     def guard(scope: KeyScope | None) -> Any:
-        # A plain function would be called in a thread.
+        # FastAPI would call a plain function in a thread.
         async def check(request: Request) -> None:
-            headers = dict(request.scope["headers"])
-            gate.check(request.scope[problems.CALL], headers, scope)
+            context.check(request.scope[RECORD], dict(request.scope["headers"]), scope)
 
         return Depends(check)
 
-    def ready_now() -> bool:
-        return not application.draining and bool(service.models.served)
+    def is_ready() -> bool:
+        return not application.draining and bool(service.registry.served)
 
     @rest.get("/health/live", response_model=Alive)
     async def live() -> Response:
-        """Tell that the process answers."""
-        return responses.response({"status": "alive"})
+        """Report that the process responds."""
+        return starlette_response({"status": "alive"})
 
     @rest.get("/health/ready", response_model=Ready)
     async def ready() -> Response:
-        """Tell that requests are taken, by which models and on which device."""
-        if not ready_now():
+        """Report whether requests are accepted, for which models and on which device."""
+        if not is_ready():
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the service is draining" if application.draining else "no model is served",
             )
-        return responses.response({"status": "ready"} | service.state())
+        return starlette_response({"status": "ready"} | service.status())
 
     @rest.get("/v2/health/live", response_model=Live)
     async def protocol_live() -> Response:
-        """Tell that the server answers."""
-        return responses.response({"live": True})
+        """Report that the server responds."""
+        return starlette_response({"live": True})
 
     @rest.get("/v2/health/ready", response_model=Readiness)
     async def protocol_ready() -> Response:
-        """Tell that requests are taken."""
-        return responses.response({"ready": ready_now()}, 200 if ready_now() else 503)
+        """Report whether requests are accepted."""
+        return starlette_response({"ready": is_ready()}, 200 if is_ready() else 503)
 
     @rest.get("/metrics", dependencies=[guard(None)], response_class=Response)
-    async def metrics() -> Response:
-        """Tell Prometheus how the service does, all its workers together."""
-        return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
+    async def exposition() -> Response:
+        """Return the metrics of all workers in Prometheus' text format."""
+        return Response(await metrics(), media_type=CONTENT_TYPE_LATEST)
 
     rest.include_router(routes.router(service, guard("predict")))
-    rest.include_router(repository.router(service.models, group, guard("admin")))
+    rest.include_router(
+        repository.router(service.registry, load=load, unload=unload, guard=guard("admin"))
+    )
     files = console.Files()
-    rest.include_router(console.router(files, service, gate, guard("predict"), debug=debug))
+    rest.include_router(console.router(files, service, context, guard("predict"), debug=debug))
     if not debug:
-        del endpoints["/debug/mc"], endpoints["/console/masks"]
+        for path in DEBUG_ENDPOINTS:
+            del endpoints[path]
 
-        @rest.post("/debug/mc", include_in_schema=False)
-        @rest.post("/console/masks", include_in_schema=False)
+        @rest.post(DEBUG_ENDPOINTS[0], include_in_schema=False)
+        @rest.post(DEBUG_ENDPOINTS[1], include_in_schema=False)
         async def debug_off() -> Response:
             raise HTTPException(
                 HTTPStatus.NOT_FOUND, "the debug endpoint is off; DROPSERVE_DEBUG=1 switches it on"
             )
 
     rest.router.routes += [
-        Route(path, endpoint, methods=["POST"])
-        for path, endpoint in (endpoints | dict.fromkeys(INFER, inferring)).items()
+        Route(path, each, methods=["POST"])
+        for path, each in (endpoints | dict.fromkeys(infer.ROUTES, infer_endpoint)).items()
     ]
     rest.mount("/console", files)
     return application
-
-
-def json_reply(answer: Answer) -> responses.Reply:
-    """Write an answer that may hold arrays."""
-    return responses.json(200, orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
-
-
-def query(request: UncertaintyRequest) -> Query:
-    """Hand a request to the service without its HTTP origin."""
-    return Query(
-        inputs=request.inputs,
-        model=request.model,
-        version=request.version,
-        passes=request.passes,
-        seed=request.seed,
-        interval=request.interval,
-        masks=request.masks,
-        tolerance=request.tolerance,
-        coverage=request.coverage,
-    )

@@ -1,6 +1,6 @@
-"""The console: the files of a page for people, and what it asks beside the endpoints.
+"""The console: the files of a page for people, and the routes that only this page uses.
 
-What is under ``/console`` is the page's own, and changes with it.
+Everything under ``/console`` belongs to the page and changes with it.
 """
 
 from pathlib import Path
@@ -10,60 +10,61 @@ from fastapi.params import Depends as Dependency
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from dropserve.app.bundles.loader import Examples
 from dropserve.app.errors import Forbidden
-from dropserve.app.http import problems, responses
-from dropserve.app.http.context import Gate
-from dropserve.app.http.v2.routes import version_number
+from dropserve.app.http.context import Context
+from dropserve.app.http.messages import starlette_response
+from dropserve.app.http.problems import RECORD
+from dropserve.app.inference.examples import Examples
+from dropserve.app.inference.registry import parse_version
 from dropserve.app.inference.service import Service
 
 FOLDER = Path(__file__).parents[1] / "console"
 HEADERS = {
-    # Nothing but files and answers of this service, no script or style inside the page, and no
-    # text that becomes HTML: names of models, classes and features are others' words.
+    # Only files and responses of this service, no script or style inside the page, and no text that
+    # becomes HTML: names of models, classes and features come from others.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
-    # Asked for anew each time: a page and scripts of two versions would not fit together.
+    # Revalidated each time: a page and scripts of two versions would not fit together.
     "cache-control": "no-cache",
 }
-# Numbers of the examples that the page is given, or one example: written at once, more of them
-# would keep others waiting.
+# Most numbers in the examples sent to the page, but at least one example: writing more would delay
+# other requests.
 MOST_VALUES = 100_000
-# What the page is told of a model's manifest.
-TOLD = {"name", "version", "task", "input", "outputs", "sites", "noise"}
+# Fields of a manifest that the page gets.
+FIELDS = {"name", "version", "task", "input", "outputs", "sites", "noise"}
 
 
 class Files(StaticFiles):
-    """The page's files, with headers that keep it to itself."""
+    """The files of the page, with headers that isolate it."""
 
     def __init__(self) -> None:
         super().__init__(directory=FOLDER)
 
     def file_response(self, *args: object, **kwargs: object) -> Response:
-        """Answer with a file, or that it has not changed."""
-        response = super().file_response(*args, **kwargs)  # type: ignore[arg-type] # as it came
+        """Return a file, or that it has not changed."""
+        response = super().file_response(*args, **kwargs)  # type: ignore[arg-type] # passed on
         response.headers.update(HEADERS)
         return response
 
 
 def router(
-    files: Files, service: Service, gate: Gate, guard: Dependency, *, debug: bool
+    files: Files, service: Service, context: Context, guard: Dependency, *, debug: bool
 ) -> APIRouter:
-    """Return the routes of the page and of what it asks.
+    """Return the routes of the page.
 
     Parameters
     ----------
     files
-        Of the page.
+        The files of the page.
     service
-        Whose models are shown.
-    gate
-        Knows whether a key may see the passes.
+        Its models are shown.
+    context
+        Checks whether a key may see the passes.
     guard
-        Lets in who may ask about a model.
+        Admits requests about a model.
     debug
         Whether passes are shown at all.
     """
@@ -71,33 +72,33 @@ def router(
 
     @routes.api_route("/", methods=["GET", "HEAD"])
     async def page(request: Request) -> Response:
-        """Show the page."""
+        """Return the page."""
         return await files.get_response("index.html", request.scope)
 
     @routes.get("/console/service")
     async def about() -> Response:
-        """Tell what is served, and whether a key is needed to ask."""
-        return responses.response({"keys": gate.keys is not None} | service.state())
+        """Return the served models, and whether requests need a key."""
+        return starlette_response({"keys": context.keys is not None} | service.status())
 
     @routes.get("/console/models/{name}/versions/{version}", dependencies=[guard])
     async def describe(name: str, version: str, request: Request) -> Response:
-        """Describe a model: its manifest, its examples, and whether passes are shown."""
-        engine = service.models.find(name, version_number(version)).engine
+        """Return a model's manifest and examples, and whether passes are shown."""
+        engine = service.registry.find(name, parse_version(version)).engine
         manifest = engine.manifest
-        return responses.response(
-            manifest.model_dump(mode="json", include=TOLD)
+        return starlette_response(
+            manifest.model_dump(mode="json", include=FIELDS)
             | {
                 "verification": manifest.provenance.verification.model_dump(),
-                "examples": told(engine.examples),
-                "debug": debug and may_debug(gate, request),
+                "examples": shown(engine.examples),
+                "debug": debug and may_debug(context, request),
             }
         )
 
     return routes
 
 
-def told(examples: Examples) -> list[dict[str, object]]:
-    """Choose the examples that the page is told: of large inputs not all."""
+def shown(examples: Examples) -> list[dict[str, object]]:
+    """Return the examples for the page: fewer if inputs are large."""
     most = max(1, MOST_VALUES // examples.inputs[0].size)
     return [
         {"input": row, "truth": truth}
@@ -105,10 +106,10 @@ def told(examples: Examples) -> list[dict[str, object]]:
     ]
 
 
-def may_debug(gate: Gate, request: Request) -> bool:
-    """Tell whether who asks may see the passes."""
+def may_debug(context: Context, request: Request) -> bool:
+    """Tell whether the key of a request may see the passes."""
     try:
-        gate.check(request.scope[problems.CALL], dict(request.scope["headers"]), "debug")
+        context.check(request.scope[RECORD], dict(request.scope["headers"]), "debug")
     except Forbidden:
         return False
     return True

@@ -1,104 +1,125 @@
-"""What every request passes: id, key and deadline on its way in, log and metrics on its way out."""
+"""The context of every request: first id, API key and deadline; last metrics, log and spans."""
 
 import os
 import re
 import time
-from collections.abc import Mapping
 from http import HTTPStatus
 from itertools import count
+from types import TracebackType
+
+from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import Forbidden
-from dropserve.app.http.problems import BodyError
+from dropserve.app.http.messages import Headers
 from dropserve.app.observability import tracing
 from dropserve.app.observability.logs import RequestLog
 from dropserve.app.observability.metrics import Metrics
-from dropserve.app.observability.record import MAX_TIMEOUT_MS, Call
+from dropserve.app.observability.record import MAX_TIMEOUT_MS, RequestRecord
 from dropserve.app.observability.tracing import Spans
 from dropserve.app.security.api_keys import Keys, Scope
 
-Headers = Mapping[bytes, bytes]
-
-# A request's own id is repeated only where it can do no harm in a header or a log.
+# A client's request id is repeated only if it can do no harm in a header or the log.
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 DIGITS = re.compile(rb"[0-9]{1,7}")
 
 
-class Gate:
-    """Lets requests in, and takes note of them when they are out.
+class Context:
+    """Opens and closes the record of each request.
 
     Parameters
     ----------
     keys
-        Who may ask; None: everybody may.
-    admin
-        Whether everybody may also change which models are served; without keys only.
+        The API keys; None: no key is needed.
+    allow_local_admin
+        Whether models may be changed without a key, since only this machine can connect.
     timeout_ms
-        How long an answer may take where the client does not say.
+        Time limit of a response, unless the client sets one.
     metrics, log, spans
-        Where requests are counted and written down.
+        Where requests are counted, logged and traced.
     """
 
     def __init__(
         self,
         *,
         keys: Keys | None,
-        admin: bool,
+        allow_local_admin: bool,
         timeout_ms: int,
         metrics: Metrics,
         log: RequestLog,
         spans: Spans | None,
     ) -> None:
         self.keys = keys
-        self.admin = admin
-        self.seconds = timeout_ms / 1000
+        self.allow_local_admin = allow_local_admin
+        self.time_limit = timeout_ms / 1000
         self.metrics = metrics
         self.log = log
         self.spans = spans
-        # Together an id that no other process gives, and no other request of this one.
+        # Together an id that is unique over all processes and requests.
         self.process, self.numbers = os.urandom(8).hex(), count()
 
-    def enter(self, method: str, route: str, headers: Headers) -> Call:
-        """Begin to take note of a request."""
+    def request(self, method: str, route: str, headers: Headers) -> "OpenRequest":
+        """Open a request: a context manager, which gives its record and counts it at the end."""
         given = headers.get(b"x-request-id")
         if given is not None and SAFE_ID.fullmatch(given):
-            name = given.decode()
+            request_id = given.decode()
         else:
-            name = f"{self.process}{next(self.numbers):016x}"
-        call = Call(method, route, name, self.seconds)
+            request_id = f"{self.process}{next(self.numbers):016x}"
+        record = RequestRecord(method, route, request_id, self.time_limit)
         if (traceparent := headers.get(b"traceparent")) is not None:
-            call.trace = tracing.read(traceparent)
-        return call
+            record.trace = tracing.parse_traceparent(traceparent)
+        return OpenRequest(self, record)
 
-    def check(self, call: Call, headers: Headers, scope: Scope | None) -> None:
-        """Check a request's key, and read its deadline.
+    def check(self, record: RequestRecord, headers: Headers, scope: Scope | None) -> None:
+        """Check the API key of a request, and set its deadline.
 
         Raises
         ------
         Unauthorized, Forbidden
-            If it has no key that will do.
-        BodyError
-            400 if its deadline is no number that is allowed.
+            If the request has no key, or one that is not valid for ``scope``.
+        HTTPException
+            400 if its deadline is not an allowed number.
         """
         if self.keys is not None:
             self.keys.check(headers, scope)
-        elif scope == "admin" and (not self.admin or b"origin" in headers):
-            # A browser says the origin of a page, and any page may send to a loopback address.
+        elif scope == "admin" and (not self.allow_local_admin or b"origin" in headers):
+            # A browser names the origin of a page, and any page may post to a loopback address.
             raise Forbidden(
-                "which models are served may be changed with a key only, or without one by who is "
-                "no web page where the service listens on a loopback address"
+                "changing models requires an admin key, or a client that is no browser on a "
+                "loopback address"
             )
         if (timeout := headers.get(b"x-request-timeout-ms")) is not None:
             if not DIGITS.fullmatch(timeout) or not 1 <= int(timeout) <= MAX_TIMEOUT_MS:
-                raise BodyError(
+                raise HTTPException(
                     HTTPStatus.BAD_REQUEST,
                     f"X-Request-Timeout-Ms must be a whole number from 1 to {MAX_TIMEOUT_MS}",
                 )
-            call.seconds = int(timeout) / 1000
+            record.time_limit = int(timeout) / 1000
 
-    def leave(self, call: Call, status: int) -> None:
-        """Count a request that was answered, and write it down."""
-        seconds = time.monotonic() - call.start
-        self.metrics.count(call, status, seconds)
-        self.log.write(call, status, seconds)
+    def close(self, record: RequestRecord) -> None:
+        """Count, log and trace a request whose response is out."""
+        seconds = time.monotonic() - record.start
+        self.metrics.count(record, seconds)
+        self.log.write(record, seconds)
         if self.spans:
-            self.spans.write(call, status, seconds)
+            self.spans.write(record, seconds)
+
+
+class OpenRequest:
+    """Context manager around the answer to a request."""
+
+    __slots__ = ("context", "record")
+
+    def __init__(self, context: Context, record: RequestRecord) -> None:
+        self.context = context
+        self.record = record
+
+    def __enter__(self) -> RequestRecord:
+        return self.record
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.context.close(self.record)

@@ -1,4 +1,4 @@
-"""Notice that a client went away before its answer was out, and stop working on it."""
+"""Stop working on a request whose client disconnects before its response is out."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -7,47 +7,47 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-# Most answers are out sooner than it would take to watch for their client's leaving.
+# Most responses are out within this time, for which their clients are not watched.
 TICK_SECONDS = 0.01
 
 Result = TypeVar("Result")
-Answering = asyncio.Task[Any]
+RequestTask = asyncio.Task[Any]
 
 
-class Leaving:
-    """Watches the clients of all requests that take longer than a tick, from one timer.
+class DisconnectWatcher:
+    """Watches the clients of all requests that take longer than a tick, with one timer.
 
-    It belongs to one event loop. Of a client that sends requests ahead of answers (pipelining),
-    uvicorn tells only the newest that it left, so an older one is answered to nobody.
+    It belongs to one event loop. When a pipelining client disconnects, uvicorn tells only its
+    newest request, so the work on older ones goes on.
     """
 
     def __init__(self) -> None:
-        self.new: dict[Answering, Receive] = {}
-        self.older: dict[Answering, Receive] = {}
-        self.watchers: dict[Answering, asyncio.Task[None]] = {}
-        self.left: set[Answering] = set()
+        self.new: dict[RequestTask, Receive] = {}
+        self.older: dict[RequestTask, Receive] = {}
+        self.watchers: dict[RequestTask, asyncio.Task[None]] = {}
+        self.left: set[RequestTask] = set()
         self.ticking = False
 
     async def watch(self, receive: Receive, work: Awaitable[Result]) -> Result:
-        """Return the result of a request's work.
+        """Return the result of the work on a request.
 
         Parameters
         ----------
         receive
-            Has given the whole body, and nothing more to give but the news of the client's leaving.
+            Has returned the whole body; its next message is the client's disconnect.
         work
-            Is cancelled when the client leaves.
+            Cancelled when the client disconnects.
 
         Raises
         ------
         ClientDisconnect
-            If it does.
+            If the client disconnects.
         """
         if not self.ticking:
             self.ticking = True
-            # Not asked for each request: Python 3.11 makes a system call of it.
+            # Looked up here only: Python 3.11 makes a system call for it.
             self.loop = asyncio.get_running_loop()
-            self.loop.call_later(TICK_SECONDS, self.tick)
+            self.loop.call_later(TICK_SECONDS, self._tick)
         task = asyncio.current_task(self.loop)
         assert task
         self.new[task] = receive
@@ -58,22 +58,22 @@ class Leaving:
                 raise ClientDisconnect from None
             raise
         finally:
-            # Before the answer is sent, whose end reads like a leaving, too.
+            # Before the response is sent, the end of which reads like a disconnect, too.
             if self.new.pop(task, None) is None and self.older.pop(task, None) is None:
                 self.watchers.pop(task).cancel()
                 self.left.discard(task)
 
-    def tick(self) -> None:
-        """Begin to watch what was there a tick ago, and still is."""
+    def _tick(self) -> None:
+        """Start to watch the clients of requests that are older than a tick."""
         for task, receive in self.older.items():
-            self.watchers[task] = asyncio.create_task(self.cancel_when_left(task, receive))
+            self.watchers[task] = asyncio.create_task(self._cancel_on_disconnect(task, receive))
         self.older, self.new = self.new, {}
         self.ticking = bool(self.older)
         if self.ticking:
-            self.loop.call_later(TICK_SECONDS, self.tick)
+            self.loop.call_later(TICK_SECONDS, self._tick)
 
-    async def cancel_when_left(self, task: Answering, receive: Receive) -> None:
-        """Wait for a client to leave."""
+    async def _cancel_on_disconnect(self, task: RequestTask, receive: Receive) -> None:
+        """Cancel the task of a request when its client disconnects."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.left.add(task)

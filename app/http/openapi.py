@@ -1,7 +1,7 @@
-"""Write the OpenAPI document: FastAPI's, and what FastAPI does not know.
+"""The OpenAPI document: FastAPI's, completed with what FastAPI does not know.
 
-It neither parses nor writes the endpoints' bodies, and knows neither what is served at the moment
-nor how a request may be refused on its way in.
+FastAPI neither parses nor writes the bodies of the endpoints, and knows neither the served models
+nor how requests are refused.
 """
 
 import copy
@@ -30,7 +30,7 @@ from dropserve.app.http.schemas import (
     ValueUncertainty,
 )
 from dropserve.app.inference.rows import BEYOND
-from dropserve.app.inference.runner import Model
+from dropserve.app.inference.runner import ModelRunner
 from dropserve.app.inference.service import Service
 from dropserve.export.bundle import NAME_PATTERN, RESERVED_SUFFIX
 
@@ -41,7 +41,7 @@ KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-# How requests may be refused: all of them, those with a body, and those that need a key.
+# Statuses of refusals: of any request, of one with a body, of one that needs a key.
 REFUSED = (400, 404, 500, 503)
 REFUSED_BODY = (408, 413, 415, 422, 504)
 REFUSED_KEY = (401, 403)
@@ -49,10 +49,10 @@ VERSION = {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"}
 
 
 class Documented(NamedTuple):
-    """An endpoint, for those who ask."""
+    """An endpoint, as it is documented."""
 
     name: str
-    says: str
+    description: str
     request: type[BaseModel]
     answers: Sequence[type[BaseModel]]
 
@@ -66,19 +66,19 @@ ENDPOINTS = {
     ),
     "/uncertainty": Documented(
         "uncertainty",
-        "Run train-mode passes of rows and answer with their statistics.",
+        "Run train-mode passes of rows and return their statistics.",
         UncertaintyRequest,
         (ClassUncertainty, ValueUncertainty),
     ),
     "/debug/mc": Documented(
         "debug_mc",
-        "Run train-mode passes of rows and show them. Off unless DROPSERVE_DEBUG=1.",
+        "Run train-mode passes of rows and return them. Off unless DROPSERVE_DEBUG=1.",
         UncertaintyRequest,
         (ClassDebug, ValueDebug),
     ),
     "/v2/models/{name}/infer": Documented(
         "infer",
-        "Predict rows; for NAME.mc answer mean and standard deviation of train-mode passes.",
+        "Predict rows; for NAME.mc return mean and standard deviation of train-mode passes.",
         InferDocument,
         (InferAnswer,),
     ),
@@ -89,22 +89,22 @@ ENDPOINTS = {
 
 
 def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
-    """Write the document, as things are at the moment.
+    """Return the document for the present models.
 
     Parameters
     ----------
     app
-        Knows the paths that are no endpoints.
+        FastAPI's application, with the other paths.
     service
-        What it serves and allows is what is documented.
+        Its models and limits are documented.
     keys
-        Whether requests need one.
+        Whether requests need an API key.
     """
     if app.openapi_schema is None:
-        app.openapi_schema = lasting(app, keys=keys)
+        app.openapi_schema = constant_part(app, keys=keys)
     written = copy.deepcopy(app.openapi_schema)
     schemas = written["components"]["schemas"]
-    newest = [service.models.find(name, None) for name in service.models.served]
+    newest = [service.registry.find(name, None) for name in service.registry.served]
     for request in (PredictRequest, UncertaintyRequest):
         schema = schemas[request.__name__]
         if "passes" in schema["properties"]:
@@ -112,7 +112,7 @@ def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
         if newest:
             schemas[request.__name__] = {
                 "description": schema.pop("description"),
-                "anyOf": [of_model(schema, each, service, len(newest)) for each in newest],
+                "anyOf": [schema_for(schema, each, service, len(newest)) for each in newest],
             }
     names = [name for model in newest for name in (model.manifest.name, mc(model))]
     for path, methods in written["paths"].items():
@@ -123,8 +123,8 @@ def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
     return written
 
 
-def lasting(app: FastAPI, *, keys: bool) -> Schema:
-    """Write what does not depend on what is served."""
+def constant_part(app: FastAPI, *, keys: bool) -> Schema:
+    """Return the part that does not depend on the models."""
     written = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
@@ -136,14 +136,14 @@ def lasting(app: FastAPI, *, keys: bool) -> Schema:
     )
     components = written["components"]
     components["schemas"].update(definitions["$defs"])
-    # Ours are other documents.
+    # Errors are other documents here.
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
-    endpoints = {path: {"post": describe(path, each)} for path, each in ENDPOINTS.items()}
+    endpoints = {path: {"post": operation_of(path, each)} for path, each in ENDPOINTS.items()}
     written["paths"] = endpoints | written["paths"]
     for path, methods in written["paths"].items():
         for operation in methods.values():
-            refuse(path, operation, keys=keys)
+            add_refusals(path, operation, keys=keys)
             for parameter in operation.get("parameters", ()):
                 pattern = {"type": "string", "pattern": NAME_PATTERN}
                 parameter["schema"] = VERSION if parameter["name"] == "version" else pattern
@@ -152,8 +152,8 @@ def lasting(app: FastAPI, *, keys: bool) -> Schema:
     return written
 
 
-def of_model(schema: Schema, model: Model, service: Service, served: int) -> Schema:
-    """Say what a request to one model is."""
+def schema_for(schema: Schema, model: ModelRunner, service: Service, served: int) -> Schema:
+    """Return the schema of a request to one model."""
     manifest = model.manifest
     number: Schema = {"type": "number", "exclusiveMinimum": -BEYOND, "exclusiveMaximum": BEYOND}
     nested = number
@@ -170,7 +170,7 @@ def of_model(schema: Schema, model: Model, service: Service, served: int) -> Sch
     if served > 1:
         properties["model"].pop("default", None)
         found["required"] = [*found["required"], "model"]
-    versions = [*service.models.versions(manifest.name)]
+    versions = [*service.registry.versions(manifest.name)]
     properties["version"]["anyOf"] = [{"type": "integer", "enum": versions}, {"type": "null"}]
     return found | {"title": manifest.name}
 
@@ -180,12 +180,12 @@ def array(items: Schema, length: int) -> Schema:
     return {"type": "array", "items": items, "minItems": length, "maxItems": length}
 
 
-def mc(model: Model) -> str:
-    """Return the name of a model's uncertainty."""
+def mc(model: ModelRunner) -> str:
+    """Return the name of a model's Monte Carlo answer."""
     return model.manifest.name + RESERVED_SUFFIX
 
 
-def describe(path: str, endpoint: Documented) -> Schema:
+def operation_of(path: str, endpoint: Documented) -> Schema:
     """Document an endpoint."""
     answers = {"anyOf": [reference(answer) for answer in endpoint.answers]}
     ok: Schema = {"application/json": {"schema": answers}}
@@ -193,7 +193,7 @@ def describe(path: str, endpoint: Documented) -> Schema:
         ok["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     return {
         "summary": endpoint.name.replace("_", " ").capitalize(),
-        "description": endpoint.says,
+        "description": endpoint.description,
         "operationId": endpoint.name,
         "parameters": [
             {"name": name, "in": "path", "required": True}
@@ -208,8 +208,8 @@ def describe(path: str, endpoint: Documented) -> Schema:
     }
 
 
-def refuse(path: str, operation: Schema, *, keys: bool) -> None:
-    """Document how an operation refuses."""
+def add_refusals(path: str, operation: Schema, *, keys: bool) -> None:
+    """Document the refusals of an operation."""
     protocol = path.startswith(problems.PROTOCOL)
     error = (
         {"application/json": {"schema": reference(ProtocolError)}}
@@ -223,7 +223,7 @@ def refuse(path: str, operation: Schema, *, keys: bool) -> None:
         statuses += REFUSED_KEY
         operation["security"] = [{name: []} for name in KEYS]
     responses: Schema = operation["responses"]
-    # FastAPI's own, in a form that nothing here answers.
+    # FastAPI's own form of 422, which is never returned.
     responses.pop("422", None)
     for status in statuses:
         described = {"description": HTTPStatus(status).phrase, "content": error}
@@ -231,5 +231,5 @@ def refuse(path: str, operation: Schema, *, keys: bool) -> None:
 
 
 def reference(model: type[BaseModel]) -> Mapping[str, str]:
-    """Point to a model's schema."""
+    """Return a reference to a schema."""
     return {"$ref": REFERENCE.format(model=model.__name__)}

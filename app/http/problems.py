@@ -1,7 +1,6 @@
-"""Turn what went wrong into answers: problem documents (RFC 9457); the one place that does.
+"""Errors as responses: problem documents (RFC 9457).
 
-Under /v2 they are as the Open Inference Protocol has them: ``{"error": ...}``, and 400 where a
-body's content is not allowed.
+Under /v2 they follow the Open Inference Protocol: ``{"error": ...}``, and 400 in place of 422.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +8,10 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
+from fastapi import Response as FastAPIResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import Scope
 
 from dropserve.app.errors import (
     DeadlineExceeded,
@@ -23,31 +22,19 @@ from dropserve.app.errors import (
     Unauthorized,
     UnknownModel,
 )
-from dropserve.app.http.responses import Reply
-from dropserve.app.observability.record import Call
+from dropserve.app.http.messages import LONGEST_PATH, Response
+from dropserve.app.observability.record import RequestRecord
 
 MEDIA_TYPE = "application/problem+json"
 PROTOCOL = "/v2"
-# Where a request's ``Call`` stands in its scope.
-CALL = "dropserve.call"
-# A body chooses the names of its fields, and could choose long ones and many.
+# Set in the scope of a request that FastAPI answers: its record.
+RECORD = "dropserve.record"
+# Most errors of a response: a body could have many.
 MOST_ERRORS = 20
-LONGEST_PATH = 200
 UNEXPECTED = 500
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
-
-class BodyError(Exception):
-    """A request that cannot be taken, whatever its body says."""
-
-    def __init__(self, status: HTTPStatus, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-
-
 REFUSALS = (
-    BodyError,
     InputError,
     UnknownModel,
     LoadError,
@@ -58,8 +45,8 @@ REFUSALS = (
 )
 
 
-class Fault(NamedTuple):
-    """What a client is told of an error, and the reason under which it is counted."""
+class Problem(NamedTuple):
+    """What a client learns about an error, and the reason under which it is counted."""
 
     status: int
     detail: str
@@ -68,12 +55,9 @@ class Fault(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-def fault(error: Exception) -> Fault:
-    """Say what a client is told of an error."""
+def problem_of(error: Exception) -> Problem:
+    """Return what a client learns about an error."""
     match error:
-        case BodyError():
-            too_long = error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-            return Fault(error.status, error.detail, "body" if too_long else "invalid")
         case ValidationError():
             return invalid(
                 [
@@ -86,78 +70,81 @@ def fault(error: Exception) -> Fault:
         case InputError():
             return invalid([(error.path, error.message)])
         case UnknownModel():
-            return Fault(404, str(error))
+            return Problem(404, str(error))
         case LoadError():
-            return Fault(400, str(error))
+            return Problem(400, str(error))
         case Overloaded():
-            return Fault(503, str(error), "queue", headers={"retry-after": str(error.seconds)})
+            return Problem(503, str(error), "queue", headers={"retry-after": str(error.seconds)})
         case DeadlineExceeded():
-            return Fault(504, str(error), "deadline")
+            return Problem(504, str(error), "deadline")
         case Unauthorized():
             challenge = {"www-authenticate": 'Bearer realm="dropserve"'}
-            return Fault(401, str(error), "unauthorized", headers=challenge)
+            return Problem(401, str(error), "unauthorized", headers=challenge)
         case Forbidden():
-            return Fault(403, str(error), "forbidden")
+            return Problem(403, str(error), "forbidden")
         case HTTPException():
-            return Fault(error.status_code, error.detail, headers=error.headers or {})
-    # The server's log gets the trace; the client learns the id to ask for.
-    return Fault(UNEXPECTED, "an error of the service; its log says more", "error")
+            too_long = error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            rejected = "body" if too_long else "invalid"
+            return Problem(error.status_code, error.detail, rejected, headers=error.headers or {})
+    # The traceback is in the log, with the id that the client gets.
+    return Problem(UNEXPECTED, "an error of the service; its log says more", "error")
 
 
-def invalid(errors: Sequence[tuple[str, str]]) -> Fault:
-    """Say what is not allowed in a body's content."""
+def invalid(errors: Sequence[tuple[str, str]]) -> Problem:
+    """Return the problem of a body whose content is not allowed."""
     path, message = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return Fault(422, f"{path}: {message}{more}", errors=errors[:MOST_ERRORS])
+    return Problem(422, f"{path}: {message}{more}", errors=errors[:MOST_ERRORS])
 
 
-def respond(scope: Scope, error: Exception) -> Reply:
-    """Write the answer of a request that met an error."""
-    found = fault(error)
-    call: Call = scope[CALL]
-    call.rejected = found.rejected
-    if scope["path"].startswith(PROTOCOL):
-        status = 400 if found.status == 422 else found.status
-        return Reply(
-            status,
-            orjson.dumps({"error": found.detail}),
-            [(b"content-type", b"application/json"), *raw(found.headers)],
-        )
-    return problem(found, call.id)
+def respond(error: Exception, path: str, record: RequestRecord) -> Response:
+    """Answer a request for ``path`` that met an error, and note that in its record."""
+    problem = problem_of(error)
+    record.rejected, record.status = problem.rejected, problem.status
+    if not path.startswith(PROTOCOL):
+        return write(problem, record.id)
+    record.status = 400 if problem.status == 422 else problem.status
+    return Response(
+        record.status,
+        orjson.dumps({"error": problem.detail}),
+        [(b"content-type", b"application/json"), *raw(problem.headers)],
+    )
 
 
-def problem(found: Fault, name: str) -> Reply:
-    """Write a problem document for the request of some name."""
+def write(problem: Problem, request_id: str) -> Response:
+    """Write a problem document."""
     document: dict[str, object] = {
         "type": "about:blank",
-        "title": PHRASES[found.status],
-        "status": found.status,
-        "detail": found.detail,
-        "request_id": name,
+        "title": PHRASES[problem.status],
+        "status": problem.status,
+        "detail": problem.detail,
+        "request_id": request_id,
     }
-    if found.errors:
-        document["errors"] = [{"path": path, "message": message} for path, message in found.errors]
-    return Reply(
-        found.status,
+    if problem.errors:
+        document["errors"] = [
+            {"path": path, "message": message} for path, message in problem.errors
+        ]
+    return Response(
+        problem.status,
         orjson.dumps(document),
-        [(b"content-type", MEDIA_TYPE.encode()), *raw(found.headers)],
+        [(b"content-type", MEDIA_TYPE.encode()), *raw(problem.headers)],
     )
 
 
 def raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Write headers as ASGI has them."""
+    """Encode headers as ASGI has them."""
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def register(app: FastAPI) -> None:
-    """Teach an app to answer with problem documents what no endpoint answers."""
+    """Have FastAPI answer with problem documents."""
 
-    async def handle(request: Request, error: Exception) -> Response:
-        reply = respond(request.scope, error)
-        response = Response(reply.content, reply.status)
-        response.raw_headers += reply.headers
+    async def answer(request: Request, error: Exception) -> FastAPIResponse:
+        status, content, headers = respond(error, request.scope["path"], request.scope[RECORD])
+        response = FastAPIResponse(content, status)
+        response.raw_headers += headers
         return response
 
-    # By name: what is left to ``Exception`` is raised again once it is answered.
+    # By class: FastAPI raises errors handled as Exception again once they are answered.
     for kind in (HTTPException, ValidationError, *REFUSALS, Exception):
-        app.add_exception_handler(kind, handle)
+        app.add_exception_handler(kind, answer)

@@ -1,13 +1,14 @@
-"""The documents of the HTTP interface.
+"""Schemas of the HTTP interface.
 
-Requests are validated with these models. Answers are written straight from arrays; their models
-are the documentation, and tests hold every answer against them.
+Requests are validated with them. Responses are written straight from arrays; their schemas document
+them, and tests validate every response.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dropserve.app.inference.query import SEED_LIMIT, Query
 from dropserve.app.uncertainty.masks import Kind
 
 Matrix = list[list[float]]  # [B, C]
@@ -17,7 +18,7 @@ EXAMPLE_INPUTS = [[0.0] * 64]
 
 
 class Document(BaseModel):
-    """A JSON object in which nothing unknown may stand and nothing is converted."""
+    """A JSON object without unknown fields, whose values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -44,42 +45,51 @@ class PredictRequest(Document):
 class UncertaintyRequest(PredictRequest):
     """Rows to run train-mode passes of."""
 
-    passes: int = Field(100, ge=1, description="Passes of each row.")
+    passes: int = Field(Query.passes, ge=1, description="Passes of each row.")
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Of the masks; drawn and returned if not given."
+        Query.seed,
+        ge=0,
+        lt=SEED_LIMIT,
+        description="Seed of the masks; drawn and returned if not given.",
     )
     interval: float = Field(
-        0.9,
+        Query.interval,
         gt=0,
         lt=1,
         description="Share of the passes, or of the predicted values, that lies in the interval.",
     )
     masks: Kind = Field(
-        "independent",
-        description="How masks are drawn. Stratified: of some ten passes together, of which each "
-        "unit is kept in as many as it should be; the same mean with fewer passes.",
+        Query.masks,
+        description="How masks are drawn. Stratified: for some ten passes together, each unit is "
+        "kept in just the share of them that it should be; the same mean with fewer passes.",
     )
     tolerance: float | None = Field(
-        None,
+        Query.tolerance,
         gt=0,
         lt=float("inf"),
-        description="Draw passes only until all standard errors are as small; passes is the most.",
+        description="Stop drawing passes once all standard errors are as small; passes is the "
+        "most.",
     )
     coverage: float | None = Field(
-        None,
+        Query.coverage,
         gt=0,
         lt=1,
-        description="Answer, too, what holds the truth with this probability (split-conformal).",
+        description="Also return a split-conformal set or interval that contains the truth with "
+        "this probability.",
     )
+
+    def query(self) -> Query:
+        """Return the query, free of its HTTP origin."""
+        return Query(**dict(self))
 
 
 class MasksRequest(Document):
-    """Whose masks the console shows: fields as of the request that they were drawn for."""
+    """The request whose masks the console shows."""
 
     model: str
     version: int = Field(ge=1)
     passes: int = Field(ge=1)
-    seed: int = Field(ge=0, lt=2**63)
+    seed: int = Field(ge=0, lt=SEED_LIMIT)
     masks: Kind
 
 
@@ -109,7 +119,7 @@ class Interval(Document):
 
 
 class PredictionInterval(Document):
-    """Interval that holds the truth with a probability of at least ``coverage``, over rows."""
+    """Interval that contains the truth with a probability of at least ``coverage``, over rows."""
 
     coverage: float
     lower: Matrix
@@ -117,7 +127,7 @@ class PredictionInterval(Document):
 
 
 class Uncertainty(Document):
-    """What all Monte Carlo answers share: the passes' statistics."""
+    """Statistics of the passes, which all Monte Carlo answers share."""
 
     model: str
     version: int
@@ -131,8 +141,7 @@ class Uncertainty(Document):
     )
     interval: Interval
     converged: bool | None = Field(
-        description="Whether all standard errors are within the tolerance. Null where none was "
-        "asked for."
+        description="Whether all standard errors are within the tolerance. Null without one."
     )
 
 
@@ -146,7 +155,7 @@ class ClassUncertainty(Uncertainty):
     variation_ratio: Column = Field(description="Share of passes that name another class.")
     prediction_set: list[list[str]] | None = Field(
         None,
-        description="With coverage: for each row the labels among which the truth is, with at "
+        description="With coverage: for each row a set of labels that contains the truth with at "
         "least that probability over rows.",
     )
 
@@ -161,7 +170,7 @@ class ValueUncertainty(Uncertainty):
 
 
 class SiteReport(Document):
-    """A dropout site, and the share of its units that this answer's masks kept."""
+    """A dropout site, and the share of its units that the masks of this answer kept."""
 
     name: str
     p: float
@@ -170,7 +179,7 @@ class SiteReport(Document):
 
 
 class Passes(Document):
-    """What a debug answer adds."""
+    """The passes themselves, which a debug answer adds."""
 
     samples: list[Matrix] = Field(description="[passes, rows, outputs]")
     deterministic: Matrix = Field(description="Eval mode.")
@@ -213,7 +222,7 @@ class TensorDescription(Document):
 
 
 class ServerDescription(Document):
-    """Who serves."""
+    """The server."""
 
     name: str
     version: str
@@ -221,7 +230,7 @@ class ServerDescription(Document):
 
 
 class ModelDescription(Document):
-    """What a model takes and answers."""
+    """Inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -250,7 +259,7 @@ class Readiness(Document):
 
 
 class VersionState(Document):
-    """What became of a version in the model repository."""
+    """Status of a version in the model repository."""
 
     name: str
     version: str
@@ -259,13 +268,13 @@ class VersionState(Document):
 
 
 class IndexRequest(Document):
-    """What to list."""
+    """Which versions to list."""
 
-    ready: bool = Field(False, description="Only what is served.")
+    ready: bool = Field(False, description="Only served versions.")
 
 
 class LoadRequest(Document):
-    """What to load, or to unload: the path says it."""
+    """Body of a request to load or unload the model in its path."""
 
     parameters: dict[str, object] = Field(
         {}, description="None is understood; unload_dependents is ignored."
@@ -305,7 +314,7 @@ class InferTensor(Document):
 
 
 class InferOutput(Document):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, object] = {}

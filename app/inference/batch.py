@@ -1,9 +1,8 @@
-"""Make one run of what several requests ask of a model, and give each its part of the outcome.
+"""One run of a graph for several requests, and each request's part of its outcome.
 
-Rows, or passes of rows, of all requests stand one after the other in the arrays of a run. What is
-done once for a run is not done for each request, so the rows are read here, too. A request whose
-rows are not allowed, or whose outcome is beyond float32, is answered with an ``InputError`` and
-touches no other.
+The rows, or row-passes, of all jobs are concatenated. Rows are read from JSON here, once for the
+run instead of once a request. A job whose rows are not allowed, or whose outcome is beyond float32,
+gets an ``InputError`` and affects no other.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,43 +15,34 @@ from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
 from dropserve.app.inference.engine import Engine
-from dropserve.app.inference.rows import read_rows, rows_at_once
-from dropserve.app.uncertainty import statistics
+from dropserve.app.inference.rows import Inputs, Rows, read_rows, rows_at_once
+from dropserve.app.uncertainty import statistics, summary
 from dropserve.app.uncertainty.masks import MaskStream
-from dropserve.app.uncertainty.statistics import (
-    Entropies,
-    Floats,
-    Interval,
-    Moments,
-    Samples,
-    Spreads,
-    Statistic,
-)
+from dropserve.app.uncertainty.statistics import Samples
+from dropserve.app.uncertainty.summary import Summary, is_finite, overflow
 from dropserve.export.bundle import Manifest
 
-Rows = NDArray[np.float32]
-Inputs = list[object] | Rows  # rows as they came, or read
 Scalar = TypeVar("Scalar", bound=np.generic)
-Found = TypeVar("Found")
-# What bounds the memory of a run: rows or row-passes, and numbers it computes.
+Outcome = TypeVar("Outcome")
+
+# Bounds on the memory of a run: rows or row-passes, and numbers computed for them.
 ROWS_AT_ONCE = 4096
 VALUES_AT_ONCE = 2**24
-# On the CPU, the passes of a run are made in pieces that compute so many numbers, most of which
-# then stay in a core's cache from one node to the next.
+# On the CPU the passes of a run are computed in pieces of so many numbers, which then mostly stay
+# in a core's cache from one node of the graph to the next.
 VALUES_IN_CACHE = 2**20
 
 
-class Statistics(NamedTuple):
-    """What the passes of some rows say."""
+class Prediction(NamedTuple):
+    """Class probabilities or values ``[B, C]`` in eval mode, and each row's largest output."""
 
-    moments: Moments
-    interval: Interval
-    parts: Entropies | Spreads  # of classes, of values
+    outputs: NDArray[np.float32]
+    largest: list[int]
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Some train-mode passes of some rows of a request.
+class PassesJob:
+    """Train-mode passes of some rows of a request.
 
     Parameters
     ----------
@@ -61,11 +51,11 @@ class Draw:
     stream
         The masks of the request.
     rows
-        Places of the rows in their request.
+        Indices of the rows in their request.
     passes
-        Numbers of the passes.
+        Indices of the passes.
     level
-        Of the interval in the summary that the samples become; None: they stay as they are.
+        Level of the interval in the summary; None: the outcome is the samples themselves.
     """
 
     inputs: Inputs
@@ -76,168 +66,117 @@ class Draw:
 
     @property
     def size(self) -> int:
-        """Count the row-passes."""
+        """Number of row-passes."""
         return len(self.rows) * len(self.passes)
 
 
-class Prediction(NamedTuple):
-    """Eval mode's class probabilities or values ``[b, C]``, and the place of each row's largest."""
-
-    outputs: NDArray[np.float32]
-    largest: list[int]
-
-
-def predict(engine: Engine, parts: Sequence[Inputs]) -> list[Prediction | InputError]:
-    """Run eval mode for the rows of each part."""
-    x, faults = read(parts, engine.manifest.input.shape)
-    sizes = [len(part) for number, part in enumerate(parts) if number not in faults]
-    found: list[Prediction | InputError] = []
+def predict(engine: Engine, jobs: Sequence[Inputs]) -> list[Prediction | InputError]:
+    """Run eval mode for the rows of each job."""
+    x, errors = read_jobs(jobs, engine.manifest.input.shape)
+    sizes = [len(job) for number, job in enumerate(jobs) if number not in errors]
+    outcomes: list[Prediction | InputError] = []
     if sizes:
         outputs = engine.predict(x)
-        fine = finite(outputs)
-        if not fine:
-            beyond = np.array([not finite(row) for row in outputs])
+        all_finite = is_finite(outputs)
+        if not all_finite:
+            beyond = np.array([not is_finite(row) for row in outputs])
             outputs[beyond] = 0
-        answers = as_answers(engine.manifest, outputs)
-        largest = answers.argmax(axis=1).tolist()
-        for place in places(sizes):
-            if fine or not beyond[place].any():
-                own = np.ascontiguousarray(values(engine.manifest, answers[place]))
-                found.append(Prediction(own, largest[place]))
+        outputs = activate(engine.manifest, outputs)
+        largest = outputs.argmax(axis=1).tolist()
+        for rows in slices(sizes):
+            if all_finite or not beyond[rows].any():
+                values = summary.values(engine.manifest, outputs[rows])
+                outcomes.append(Prediction(np.ascontiguousarray(values), largest[rows]))
             else:
-                found.append(out_of_reach(engine.manifest))
-    return in_place(found, faults)
+                outcomes.append(overflow(engine.manifest))
+    return with_errors(outcomes, errors)
 
 
-def draw(engine: Engine, draws: Sequence[Draw]) -> list[Samples | Statistics | InputError]:
-    """Run the passes of each draw; return its samples, or their summary."""
-    x, faults = read([d.inputs for d in draws], engine.manifest.input.shape)
-    good = [d for number, d in enumerate(draws) if number not in faults]
-    found: list[Samples | Statistics | InputError] = []
+def run_passes(engine: Engine, jobs: Sequence[PassesJob]) -> list[Samples | Summary | InputError]:
+    """Run the passes of each job; return its samples ``[T, B, C]`` or their summary."""
+    x, errors = read_jobs([job.inputs for job in jobs], engine.manifest.input.shape)
+    good = [job for number, job in enumerate(jobs) if number not in errors]
+    outcomes: list[Samples | Summary | InputError] = []
     if good:
         values = VALUES_IN_CACHE if engine.device == "cpu" else VALUES_AT_ONCE
         most = max(1, values // engine.manifest.values_per_pass)
-        outputs = joined([passes(engine, x, piece) for piece in cut(good, most)])
-        found = finish(engine.manifest, good, outputs)
-    return in_place(found, faults)
+        outputs = concatenate([run_piece(engine, x, piece) for piece in cut(good, most)])
+        outcomes = outcomes_of(engine.manifest, good, outputs)
+    return with_errors(outcomes, errors)
 
 
-def finish(
-    manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
-) -> list[Samples | Statistics | InputError]:
-    """Make of the outputs ``[N, C]`` what each draw asks for, at once for those that ask alike."""
+def outcomes_of(
+    manifest: Manifest, jobs: Sequence[PassesJob], outputs: NDArray[np.float32]
+) -> list[Samples | Summary | InputError]:
+    """Turn the outputs ``[N, C]`` into each job's outcome, at once for jobs that are alike."""
     alike: dict[tuple[int, float | None, int], list[int]] = {}
-    for number, d in enumerate(draws):
-        key = len(d.passes), d.level, d.stream.replicate
+    for number, job in enumerate(jobs):
+        key = len(job.passes), job.level, job.stream.replicate
         alike.setdefault(key, []).append(number)
     if len(alike) == 1:
-        return finish_alike(manifest, draws, outputs)
-    place_of = list(places(d.size for d in draws))
-    found: dict[int, Samples | Statistics | InputError] = {}
+        return outcomes_of_alike(manifest, jobs, outputs)
+    parts = list(slices(job.size for job in jobs))
+    outcomes: dict[int, Samples | Summary | InputError] = {}
     for numbers in alike.values():
-        some = joined([outputs[place_of[number]] for number in numbers])
-        made = finish_alike(manifest, [draws[number] for number in numbers], some)
-        found |= zip(numbers, made, strict=True)
-    return [found[number] for number in range(len(draws))]
+        some = concatenate([outputs[parts[number]] for number in numbers])
+        made = outcomes_of_alike(manifest, [jobs[number] for number in numbers], some)
+        outcomes |= zip(numbers, made, strict=True)
+    return [outcomes[number] for number in range(len(jobs))]
 
 
-def finish_alike(
-    manifest: Manifest, draws: Sequence[Draw], outputs: NDArray[np.float32]
-) -> list[Samples | Statistics | InputError]:
-    """Make of the outputs what draws ask for that are of as many passes, a level and a kind."""
-    count, level, replicate = len(draws[0].passes), draws[0].level, draws[0].stream.replicate
+def outcomes_of_alike(
+    manifest: Manifest, jobs: Sequence[PassesJob], outputs: NDArray[np.float32]
+) -> list[Samples | Summary | InputError]:
+    """Turn the outputs into the outcomes of jobs with the same passes, level and kind of masks."""
+    count, level, replicate = len(jobs[0].passes), jobs[0].level, jobs[0].stream.replicate
+    found: Summary | None = None
     try:
-        samples = answers_by_pass(manifest, outputs, count)
-        summary = None if level is None else summarize(manifest, level, samples, replicate)
+        samples = samples_of(manifest, outputs, count)
+        if level is not None:
+            found = summary.summarize(manifest, samples, level, replicate)
     except InputError as error:
-        if len(draws) == 1:
+        if len(jobs) == 1:
             return [error]
-        # Somebody's; each alone shows whose.
-        own = places(d.size for d in draws)
+        # Some job's; each alone shows whose.
+        parts = slices(job.size for job in jobs)
         return [
-            finish_alike(manifest, [d], outputs[place])[0]
-            for d, place in zip(draws, own, strict=True)
+            outcomes_of_alike(manifest, [job], outputs[part])[0]
+            for job, part in zip(jobs, parts, strict=True)
         ]
-    if len(draws) == 1:
-        return [summary or samples]
-    own = places(len(d.rows) for d in draws)
-    if summary is None:
-        return [samples[:, rows] for rows in own]
-    return [
-        Statistics(
-            statistics.take(summary.moments, rows),
-            statistics.take(summary.interval, rows),
-            statistics.take(summary.parts, rows),
-        )
-        for rows in own
-    ]
+    if len(jobs) == 1:
+        return [samples if found is None else found]
+    rows_of_jobs = slices(len(job.rows) for job in jobs)
+    if found is None:
+        return [samples[:, rows] for rows in rows_of_jobs]
+    return [summary.take_rows(found, rows) for rows in rows_of_jobs]
 
 
-def answers_by_pass(manifest: Manifest, outputs: NDArray[np.float32], count: int) -> Samples:
-    """Turn outputs of ``count`` passes a row into samples ``[T, B, C]``.
-
-    Where the network answers the noise of its values, too, it stands behind them: ``[T, B, 2C]``.
-    """
-    samples = statistics.by_pass(outputs, count)
-    if not finite(samples):
-        raise out_of_reach(manifest)
-    return as_answers(manifest, samples)
+def samples_of(manifest: Manifest, outputs: NDArray[np.float32], passes: int) -> Samples:
+    """Turn outputs ``[N, C or 2C]`` of so many passes a row into samples ``[T, B, C or 2C]``."""
+    samples = statistics.by_pass(outputs, passes)
+    if not is_finite(samples):
+        raise overflow(manifest)
+    return activate(manifest, samples)
 
 
-def summarize(manifest: Manifest, level: float, samples: Samples, replicate: int) -> Statistics:
-    """Say what the samples of some rows say, each ``replicate`` of which were drawn together.
-
-    Raises
-    ------
-    InputError
-        If what they say is beyond float32.
-    """
-    if manifest.task == "classification":
-        return Statistics(
-            statistics.join([statistics.moments(samples, replicate)]),
-            statistics.join([statistics.passes_interval(samples, level)]),
-            statistics.join([statistics.entropies(samples)]),
-        )
-    some = values(manifest, samples)
-    moments = statistics.moments(some, replicate)
-    noise_std = noise(manifest, samples)
-    spreads = statistics.spreads(moments, noise_std)
-    interval = statistics.mixture_interval(some, noise_std, spreads.total_std, level)
-    in_reach(manifest, spreads.total_std, interval.lower, interval.upper)
-    return Statistics(
-        statistics.join([moments]), statistics.join([interval]), statistics.join([spreads])
-    )
+def activate(manifest: Manifest, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn a graph's outputs into class probabilities or values."""
+    return softmax(outputs) if manifest.task == "classification" else outputs
 
 
-def largest_error(manifest: Manifest, samples: Samples, replicate: int) -> float:
-    """Return the largest standard error of a mean of samples."""
-    moments = statistics.moments(values(manifest, samples), replicate)
-    return float(moments.standard_error.max())
-
-
-def join_groups(groups: Sequence[Statistics]) -> Statistics:
-    """Put the summaries of groups of rows together."""
-    return Statistics(
-        statistics.join([group.moments for group in groups]),
-        statistics.join([group.interval for group in groups]),
-        statistics.join([group.parts for group in groups]),
-    )
-
-
-def values(manifest: Manifest, answers: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Leave out of answers ``[..., C or 2C]`` the noise."""
-    return answers[..., : len(manifest.outputs.labels)]
-
-
-def noise(manifest: Manifest, samples: Samples) -> Floats:
-    """Return the noise's standard deviation around the passes: ``[C]``, or ``[T, B, C]``."""
-    if manifest.noise_std is not None:
-        return np.array(manifest.noise_std)
-    return np.exp(samples[..., len(manifest.outputs.labels) :], dtype=np.float64)
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn logits ``[..., C]`` into probabilities."""
+    # Ufuncs: for a single row an array's methods take longer than the arithmetic.
+    # Differences beyond float32 are as good as infinite: their exp is 0.
+    with np.errstate(over="ignore"):
+        probabilities: NDArray[np.float32] = logits - np.maximum.reduce(logits, -1, keepdims=True)
+    np.exp(probabilities, out=probabilities)
+    probabilities /= np.add.reduce(probabilities, -1, keepdims=True)
+    return probabilities
 
 
 class Segment(NamedTuple):
-    """Some passes of some rows of a draw; the rows are ``x[first:]`` in the run."""
+    """Some passes of some rows of a job; the rows are ``x[first:]`` in the run."""
 
     first: int
     stream: MaskStream
@@ -245,99 +184,77 @@ class Segment(NamedTuple):
     passes: range
 
 
-def cut(draws: Sequence[Draw], most: int) -> Iterator[list[Segment]]:
-    """Cut draws into pieces of about ``most`` row-passes, in order."""
+def cut(jobs: Sequence[PassesJob], most: int) -> Iterator[list[Segment]]:
+    """Cut jobs into pieces of about ``most`` row-passes, in order."""
     piece: list[Segment] = []
     first = size = 0
-    for d in draws:
-        for rows in pieces(len(d.rows), max(1, most // len(d.passes))):
-            for some in pieces(len(d.passes), most):
+    for job in jobs:
+        for rows in pieces(len(job.rows), max(1, most // len(job.passes))):
+            for some in pieces(len(job.passes), most):
                 if size + len(rows) * len(some) > most and piece:
                     yield piece
                     piece, size = [], 0
                 size += len(rows) * len(some)
-                numbers = d.rows[rows.start : rows.stop], d.passes[some.start : some.stop]
-                piece.append(Segment(first + rows.start, d.stream, *numbers))
-        first += len(d.rows)
+                indices = job.rows[rows.start : rows.stop], job.passes[some.start : some.stop]
+                piece.append(Segment(first + rows.start, job.stream, *indices))
+        first += len(job.rows)
     yield piece
 
 
-def passes(engine: Engine, x: Rows, piece: Sequence[Segment]) -> NDArray[np.float32]:
+def run_piece(engine: Engine, x: Rows, piece: Sequence[Segment]) -> NDArray[np.float32]:
     """Run the passes of a piece; return logits or values ``[N, C]``."""
-    streams = [s.stream.draw(s.rows, s.passes) for s in piece]
-    masks = {name: joined([masks[name] for masks in streams]) for name in streams[0]}
+    drawn = [s.stream.draw(s.rows, s.passes) for s in piece]
+    masks = {name: concatenate([masks[name] for masks in drawn]) for name in drawn[0]}
     rows = [np.repeat(np.arange(s.first, s.first + len(s.rows)), len(s.passes)) for s in piece]
-    return engine.passes(x, joined(rows), masks)
+    return engine.passes(x, concatenate(rows), masks)
 
 
-def read(parts: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[int, InputError]]:
-    """Read the rows of all parts; of those that are not allowed, by number, say why."""
-    if all(isinstance(part, list) for part in parts):
-        x = rows_at_once(list(chain.from_iterable(parts)), shape)
+def read_jobs(jobs: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[int, InputError]]:
+    """Read the rows of all jobs; return them, and the errors of faulty jobs by number."""
+    if all(isinstance(job, list) for job in jobs):
+        x = rows_at_once(list(chain.from_iterable(jobs)), shape)
         if x is not None:
             return x, {}
     good: list[Rows] = []
-    faults: dict[int, InputError] = {}
-    for number, part in enumerate(parts):
+    errors: dict[int, InputError] = {}
+    for number, job in enumerate(jobs):
         try:
-            good.append(read_rows(part, shape) if isinstance(part, list) else part)
+            good.append(read_rows(job, shape) if isinstance(job, list) else job)
         except InputError as error:
-            faults[number] = error
-    return joined(good) if good else np.empty((0, *shape), np.float32), faults
+            errors[number] = error
+    return concatenate(good) if good else np.empty((0, *shape), np.float32), errors
 
 
-def in_place(found: list[Found], faults: dict[int, InputError]) -> list[Found | InputError]:
-    """Put the faults of some jobs between the outcomes of the others, in the jobs' order."""
-    outcomes: list[Found | InputError] = [*found]
-    for number, fault in sorted(faults.items()):
-        outcomes.insert(number, fault)
-    return outcomes
+def with_errors(
+    outcomes: list[Outcome], errors: dict[int, InputError]
+) -> list[Outcome | InputError]:
+    """Insert the errors of faulty jobs among the outcomes of the others, in the jobs' order."""
+    all_outcomes: list[Outcome | InputError] = [*outcomes]
+    for number, error in sorted(errors.items()):
+        all_outcomes.insert(number, error)
+    return all_outcomes
 
 
-def kept(stream: MaskStream, rows: range, passes: range) -> NDArray[np.float64]:
-    """Return the share of units that some masks keep, for each site."""
+def kept_share(stream: MaskStream, rows: range, passes: range) -> NDArray[np.float64]:
+    """Return the share of units that the masks keep, for each site."""
     return np.array([masks.mean() for masks in stream.draw(rows, passes).values()])
 
 
-def as_answers(manifest: Manifest, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn a graph's outputs ``[..., C]`` into class probabilities or values."""
-    return statistics.softmax(outputs) if manifest.task == "classification" else outputs
-
-
-def finite(numbers: NDArray[np.floating]) -> bool:
-    """Tell whether all numbers are."""
-    return bool(np.logical_and.reduce(np.isfinite(numbers), axis=None))
-
-
-def in_reach(manifest: Manifest, *numbers: Statistic) -> list[NDArray[np.float32]]:
-    """Return numbers as float32; raise InputError if one is beyond it."""
-    if not all(np.abs(some).max() <= np.finfo(np.float32).max for some in numbers):
-        raise out_of_reach(manifest)
-    return [some.astype(np.float32, copy=False) for some in numbers]
-
-
-def out_of_reach(manifest: Manifest) -> InputError:
-    """Return the error of a request whose answer would hold infinity or NaN."""
-    return InputError(
-        "inputs", f"values so large that what they lead to is beyond {manifest.precision}"
-    )
-
-
-def places(sizes: Iterable[int]) -> Iterator[slice]:
-    """Say where parts of these sizes lie, one after the other."""
+def slices(sizes: Iterable[int]) -> Iterator[slice]:
+    """Return where parts of these sizes lie, one after the other."""
     end = 0
     for size in sizes:
         start, end = end, end + size
         yield slice(start, end)
 
 
-def joined(parts: Sequence[NDArray[Scalar]], axis: int = 0) -> NDArray[Scalar]:
-    """Put arrays one after the other; a single one as it is."""
+def concatenate(parts: Sequence[NDArray[Scalar]], axis: int = 0) -> NDArray[Scalar]:
+    """Concatenate arrays; return a single one without a copy."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 def most_at_once(values: int) -> int:
-    """Return how many rows or row-passes one run may take that computes ``values`` for each."""
+    """Return the most rows or row-passes of a run that computes ``values`` numbers for each."""
     return min(ROWS_AT_ONCE, max(1, VALUES_AT_ONCE // values))
 
 

@@ -1,10 +1,10 @@
-"""Share runs: what requests ask of a graph while one run is under way is the next run.
+"""Share runs: jobs that arrive for a graph while one run is under way make up the next run.
 
-Nothing waits for a batch to fill. While requests come one at a time, each is run the moment it is
-there. As soon as they come together, a run takes what two turns of the event loop have brought. A
-run that should be short is made on the event loop, where a hop to a thread and back would cost more
-than the run itself; a longer one is made in the worker thread, so that the loop goes on answering,
-health probes first of all.
+Nothing waits for a batch to fill. While requests come one at a time, each is run at once. When they
+come together, a run takes the jobs of two turns of the event loop. A run that should be short is
+made on the event loop, where a hop to a thread and back would cost more than the run itself. A
+longer one is made in the executor's thread, so that the loop stays responsive, for health probes
+first of all.
 """
 
 import asyncio
@@ -12,15 +12,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from dropserve.app.errors import DeadlineExceeded
-from dropserve.app.inference.executor import Turns
-from dropserve.app.observability.record import Call
+from dropserve.app.inference.executor import Executor
+from dropserve.app.observability.record import RequestRecord
 
-# What other requests may have to wait for a run on the loop.
+# Longest run on the event loop: the delay that it may cause to other requests.
 ON_LOOP_SECONDS = 0.002
-# Sizes that are timed to tell how long a run takes; how often, and how long that may take in all.
+# Sizes of runs that are timed to predict how long runs take; how often, and for how long in all.
 ALONE, TOGETHER = 1, 64
 TIMINGS, TIMING_SECONDS = 5, 0.1
 
@@ -37,31 +37,39 @@ class Pace:
     job: float = 0.0
 
     def seconds(self, size: int, jobs: int) -> float:
-        """Estimate how long a run of ``jobs`` jobs, ``size`` together, takes."""
+        """Estimate how long a run of ``jobs`` jobs, ``size`` in total, takes."""
         return self.run + self.unit * size + self.job * jobs
 
 
 def measure(run: Callable[[Sequence[int]], object], most: int, clock: Callable[[], float]) -> Pace:
-    """Warm up ``run``, which takes the sizes of its jobs, and time it.
+    """Warm up ``run`` and time it.
 
-    It is timed for a small job, for a larger one, at most ``most``, and for many small ones, by a
-    ``clock`` of seconds. On a CPU that should be the thread's own: beside a busy event loop, each
-    time that a run lets go of Python's lock costs another 5 ms.
+    Parameters
+    ----------
+    run
+        Takes the sizes of its jobs. It is timed for one small job, for a larger one, and for many
+        small ones.
+    most
+        Largest size of a job.
+    clock
+        Returns seconds. On a CPU it should be the thread's own time: beside a busy event loop, each
+        time that a run releases Python's lock costs it another 5 ms.
     """
-    alone = seconds(run, [ALONE], clock)
+    alone = best_seconds(run, [ALONE], clock)
     together = min(TOGETHER, most)
-    # A run that is slow already is not made again and again, and larger, to see how slow.
+    # A run that is slow already need not be repeated on larger sizes.
     if alone > ON_LOOP_SECONDS or together == ALONE:
         return Pace(alone, alone)
-    unit = max(0.0, (seconds(run, [together], clock) - alone) / (together - ALONE))
-    job = max(0.0, (seconds(run, [ALONE] * together, clock) - alone) / (together - ALONE) - unit)
+    unit = max(0.0, (best_seconds(run, [together], clock) - alone) / (together - ALONE))
+    many = best_seconds(run, [ALONE] * together, clock)
+    job = max(0.0, (many - alone) / (together - ALONE) - unit)
     return Pace(max(0.0, alone - unit - job), unit, job)
 
 
-def seconds(
+def best_seconds(
     run: Callable[[Sequence[int]], object], sizes: Sequence[int], clock: Callable[[], float]
 ) -> float:
-    """Return how long a warm run takes, at best."""
+    """Return the shortest time of a warm run."""
     run(sizes)
     begun = clock()
     best = float("inf")
@@ -75,18 +83,18 @@ def seconds(
     return best
 
 
-class Waiting(NamedTuple):
-    """A job, whose it is, since when it waits, and the future that gets its result."""
+class Waiting(NamedTuple, Generic[Job, Result]):
+    """A job in the queue, its request, when it was queued, and the future of its result."""
 
-    job: Any
+    job: Job
     size: int
-    call: Call
+    record: RequestRecord
     since: float
-    result: "asyncio.Future[Any]"
+    result: "asyncio.Future[Result]"
 
 
-class Timed(NamedTuple, Generic[Result]):
-    """The outcomes of a run, and when it began and ended."""
+class TimedRun(NamedTuple, Generic[Result]):
+    """When a run began and ended, and the outcome of each job."""
 
     began: float
     ended: float
@@ -99,15 +107,15 @@ class Batcher(Generic[Job, Result]):
     Parameters
     ----------
     run
-        Takes the jobs of a run, and returns for each its result or the exception that it met.
+        Takes the jobs of a run; returns the result of each, or the exception that it met.
     pace
         How long runs take.
     most
-        Largest size of a run; a single job may be no larger.
-    turns
+        Largest size of a run, and of a job.
+    executor
         Where long runs are made.
     pieces
-        Whether the jobs are pieces of long work, whose runs are all made there.
+        Whether the jobs are pieces of long work, which are all run in the executor.
     """
 
     def __init__(
@@ -115,61 +123,60 @@ class Batcher(Generic[Job, Result]):
         run: Callable[[Sequence[Job]], Sequence[Result | Exception]],
         pace: Pace,
         most: int,
-        turns: Turns,
+        executor: Executor,
         *,
         pieces: bool = False,
     ) -> None:
         self.run = run
         self.pace = pace
         self.most = most
-        self.turns = turns
+        self.executor = executor
         self.pieces = pieces
-        self.waiting: deque[Waiting] = deque()
+        self.waiting: deque[Waiting[Job, Result]] = deque()
         self.running = False
-        # Whether jobs came together when last looked at, and how many were run at once since.
+        # Whether jobs came together at the last look, and how many were run at once since then.
         self.crowded = True
         self.at_once = 0
-        # How many runs were of which size.
+        # Number of runs, by size.
         self.sizes: Counter[int] = Counter()
 
-    async def submit(self, job: Job, size: int, call: Call) -> Result:
-        """Return the result of a job; cancelled before its run begins, it is left out of it.
+    async def submit(self, job: Job, size: int, record: RequestRecord) -> Result:
+        """Return the result of a job; a job cancelled before its run is left out of it.
 
         Raises
         ------
         DeadlineExceeded
-            If its time is up before its run begins.
+            If the request's time is up before the run begins.
         """
         now = time.monotonic()
-        call.check_time(now)
+        record.check_deadline(now)
         if not self.running:
             self.running = True
-            # Not asked for each job: Python 3.11 makes a system call of it.
+            # Looked up here only: Python 3.11 makes a system call for it.
             self.loop = asyncio.get_running_loop()
             if self.crowded:
-                # Behind those that the loop is about to read: their tasks begin in its next turn.
-                self.loop.call_soon(self.loop.call_soon, self.start)
+                # After requests that the loop is about to read: their tasks start in its next turn.
+                self.loop.call_soon(self.loop.call_soon, self._start)
             else:
-                self.loop.call_soon(self.start)
-                if self.on_loop(size, 1):
+                self.loop.call_soon(self._start)
+                if self._fits_loop(size, 1):
                     self.at_once = 1
-                    (outcome,) = self.outcomes([job], size)
-                    call.ran += time.monotonic() - now
+                    (outcome,) = self._outcomes([job], size)
+                    record.run_seconds += time.monotonic() - now
                     if isinstance(outcome, Exception):
                         raise outcome
                     return outcome
-        waiting = Waiting(job, size, call, now, self.loop.create_future())
-        self.waiting.append(waiting)
-        result: Result = await waiting.result
-        return result
+        result: asyncio.Future[Result] = self.loop.create_future()
+        self.waiting.append(Waiting(job, size, record, now, result))
+        return await result
 
-    def on_loop(self, size: int, jobs: int) -> bool:
-        """Tell whether a run is made on the event loop."""
+    def _fits_loop(self, size: int, jobs: int) -> bool:
+        """Tell whether a run is short enough for the event loop."""
         return not self.pieces and self.pace.seconds(size, jobs) <= ON_LOOP_SECONDS
 
-    def start(self) -> None:
-        """Make the next run of what is waiting."""
-        batch = self.take()
+    def _start(self) -> None:
+        """Start the next run, with the waiting jobs."""
+        batch = self._take()
         self.crowded = self.at_once + len(batch) > 1
         self.at_once = 0
         if not batch:
@@ -177,15 +184,15 @@ class Batcher(Generic[Job, Result]):
             return
         jobs = [waiting.job for waiting in batch]
         size = sum(waiting.size for waiting in batch)
-        if self.on_loop(size, len(batch)):
-            self.finish(batch, self.timed(jobs, size))
+        if self._fits_loop(size, len(batch)):
+            self._finish(batch, self._timed(jobs, size))
         else:
-            run = self.turns.submit(lambda: self.timed(jobs, size), long=self.pieces)
-            run.add_done_callback(lambda done: self.finish(batch, done.result()))
+            run = self.executor.submit(lambda: self._timed(jobs, size), long=self.pieces)
+            run.add_done_callback(lambda done: self._finish(batch, done.result()))
 
-    def take(self) -> list[Waiting]:
-        """Take as many jobs as one run may hold, in the order they came."""
-        batch: list[Waiting] = []
+    def _take(self) -> list[Waiting[Job, Result]]:
+        """Take as many jobs as one run may hold, in order of arrival."""
+        batch: list[Waiting[Job, Result]] = []
         size = 0
         now = time.monotonic()
         while self.waiting and (not batch or size + self.waiting[0].size <= self.most):
@@ -193,7 +200,7 @@ class Batcher(Generic[Job, Result]):
             if waiting.result.cancelled():
                 continue
             try:
-                waiting.call.check_time(now)
+                waiting.record.check_deadline(now)
             except DeadlineExceeded as error:
                 waiting.result.set_exception(error)
                 continue
@@ -201,25 +208,24 @@ class Batcher(Generic[Job, Result]):
             size += waiting.size
         return batch
 
-    def timed(self, jobs: Sequence[Job], size: int) -> Timed[Result]:
-        """Run jobs; say when the run began, and when it ended."""
+    def _timed(self, jobs: Sequence[Job], size: int) -> TimedRun[Result]:
         began = time.monotonic()
-        outcomes = self.outcomes(jobs, size)
-        return Timed(began, time.monotonic(), outcomes)
+        outcomes = self._outcomes(jobs, size)
+        return TimedRun(began, time.monotonic(), outcomes)
 
-    def outcomes(self, jobs: Sequence[Job], size: int) -> Sequence[Result | Exception]:
-        """Run jobs; what makes the run itself fail is the outcome of each of them."""
+    def _outcomes(self, jobs: Sequence[Job], size: int) -> Sequence[Result | Exception]:
+        """Run jobs; an exception of the run itself is the outcome of every job."""
         self.sizes[size] += 1
         try:
             return self.run(jobs)
         except Exception as error:
             return [error] * len(jobs)
 
-    def finish(self, batch: Sequence[Waiting], run: Timed[Result]) -> None:
-        """Hand out the results of a run, and go on with the next."""
+    def _finish(self, batch: Sequence[Waiting[Job, Result]], run: TimedRun[Result]) -> None:
+        """Hand out the results of a run, and start the next."""
         for waiting, outcome in zip(batch, run.outcomes, strict=True):
-            waiting.call.queued += run.began - waiting.since
-            waiting.call.ran += run.ended - run.began
+            waiting.record.queue_seconds += run.began - waiting.since
+            waiting.record.run_seconds += run.ended - run.began
             if waiting.result.cancelled():
                 continue
             if isinstance(outcome, Exception):
@@ -227,6 +233,6 @@ class Batcher(Generic[Job, Result]):
             else:
                 waiting.result.set_result(outcome)
         if self.waiting:
-            self.loop.call_soon(self.start)
+            self.loop.call_soon(self._start)
         else:
             self.running = False

@@ -1,4 +1,4 @@
-"""Run one bundle's two graphs."""
+"""The two graphs of a bundle, loaded into onnxruntime."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from dropserve.app.bundles.loader import Bundle, Examples
+from dropserve.app.bundles.loader import Bundle
 from dropserve.app.errors import DeviceUnavailable
+from dropserve.app.inference.examples import Examples, read_examples
 from dropserve.app.inference.providers import Device, open_session
 from dropserve.export.bundle import PREDICT, ROWS, STOCHASTIC, BundleError, Manifest
 
@@ -15,24 +16,25 @@ ERRORS_ONLY = 3
 
 
 class Engine:
-    """The two sessions of a bundle, each of whose runs takes ``threads`` CPUs.
+    """The two sessions of a bundle; each run takes ``threads`` CPUs.
 
     Raises
     ------
     BundleError
-        If a graph does not load or takes other inputs than the manifest says.
+        If a graph does not load or has other inputs than the manifest says, or an example is not
+        a row of them.
     DeviceUnavailable
         If the device's provider does not load.
     """
 
     def __init__(self, bundle: Bundle, device: Device, threads: int = 1) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.examples: Examples = bundle.examples
+        self.examples: Examples = read_examples(bundle.examples, bundle.manifest)
         rows = {self.manifest.input.name: self.manifest.input.shape}
         masks = {site.mask_input: site.mask_shape for site in self.manifest.sites}
         outputs = self.manifest.width
-        self.predict_session = load(PREDICT, bundle.predict, device, threads, rows, outputs)
-        self.stochastic_session = load(
+        self.predict_session = open_graph(PREDICT, bundle.predict, device, threads, rows, outputs)
+        self.stochastic_session = open_graph(
             STOCHASTIC, bundle.stochastic, device, threads, rows | {ROWS: ()} | masks, outputs
         )
         self.device = device
@@ -70,7 +72,7 @@ class Engine:
         return np.asarray(output)
 
 
-def load(
+def open_graph(
     file: str,
     graph: bytes,
     device: Device,
@@ -78,9 +80,9 @@ def load(
     inputs: dict[str, tuple[int, ...]],
     outputs: int,
 ) -> onnxruntime.InferenceSession:
-    """Load a graph that takes the given inputs, shapes without the first axis, to ``[., C]``."""
+    """Load a graph from the given inputs (shapes without the first axis) to ``[., outputs]``."""
     options = onnxruntime.SessionOptions()
-    # Left alone, onnxruntime sizes its pools from the host, not from what this process may use.
+    # By default onnxruntime sizes its pools for the host, not for this process's share of it.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
@@ -88,7 +90,7 @@ def load(
         session = open_session(graph, device, options)
     except DeviceUnavailable:
         raise
-    # onnxruntime's own exceptions share no other base.
+    # onnxruntime's exceptions share no base class but Exception.
     except Exception as error:
         raise BundleError(f"{file} does not load: {str(error).splitlines()[0]}") from error
     found = {value.name: tuple(value.shape[1:]) for value in session.get_inputs()}

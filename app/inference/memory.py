@@ -1,27 +1,27 @@
-"""Give memory back, and keep the search for garbage short.
+"""Return memory to the system, and keep garbage collection short.
 
-Loading a model takes more memory than the model does, and leaves garbage with references to itself.
+Loading a model takes more memory than the model itself, and leaves cyclic garbage.
 """
 
 import ctypes
 import gc
 
-# glibc's; other systems' give freed memory back by themselves.
+# In glibc; other C libraries return freed memory by themselves.
 malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-# Containers made, less those gone, before the youngest are searched: more than a turn of the event
-# loop makes for some hundred requests, of which none is garbage.
+# Net allocations before the youngest generation is collected: more than a turn of the event loop
+# makes for some hundred requests, none of which is garbage.
 YOUNGEST = 20_000
 
 
-def release() -> None:
-    """Give back what is not in use."""
+def trim() -> None:
+    """Return unused memory to the system."""
     gc.collect()
     if malloc_trim:
         malloc_trim(0)
 
 
-def settle() -> None:
-    """Have what is there now stay: looking through it for garbage stops all answers for 40 ms."""
-    release()
+def freeze() -> None:
+    """Exclude all present objects from garbage collection, which would stop responses for 40 ms."""
+    trim()
     gc.freeze()
     gc.set_threshold(YOUNGEST, *gc.get_threshold()[1:])

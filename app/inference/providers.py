@@ -1,7 +1,7 @@
-"""Which onnxruntime providers a device needs, and why they may not have loaded.
+"""The onnxruntime providers of each device, and the reason why one did not load.
 
-onnxruntime lists a provider as available when its library was built in, and runs on the CPU
-without an error when a CUDA library is absent. So the session is asked what it really got.
+onnxruntime lists a provider as available if it was built in, and silently falls back to the CPU if
+a CUDA library is missing. So the providers of the session itself are checked.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     CUDA: {
         # TensorFloat-32, on by default, keeps 11 bits: answers would differ from the CPU's by 1e-3.
         "use_tf32": "0",
-        # The default, which this relies on: copies take the stream of the computation.
+        # The default, relied on here: copies use the stream of the computation.
         "do_copy_in_default_stream": "1",
     },
 }
@@ -39,7 +39,7 @@ LIBRARIES = {
     TENSORRT: "libonnxruntime_providers_tensorrt.so",
 }
 DRIVER = "libcuda.so.1"
-# Of onnxruntime's log; it then says only what ends the process.
+# Severities of onnxruntime's log; at FATAL it logs only what ends the process.
 FATAL = 4
 WARNING = 2
 
@@ -58,39 +58,39 @@ def open_session(
     if device != "cpu":
         check_present(device)
     if device == "tensorrt":
-        # It has no option for it; NVIDIA's libraries all follow this.
+        # TensorRT has no option for TensorFloat-32; all of NVIDIA's libraries follow this variable.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    # Here an absent library is no news for the log: the caller gets it as an error.
+    # A missing library is raised as an error; onnxruntime need not log it.
     with quiet_log():
         if device != "cpu":
             onnxruntime.preload_dlls()
         providers = [(provider, OPTIONS.get(provider, {})) for provider in PROVIDERS[device]]
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
     if wanted not in session.get_providers():
-        raise DeviceUnavailable(f"device {device}: {wanted} did not load: {why(wanted)}")
+        raise DeviceUnavailable(f"device {device}: {wanted} did not load: {load_failure(wanted)}")
     return session
 
 
 def check_present(device: Device) -> None:
-    """Raise DeviceUnavailable where there is no use in trying to use a GPU."""
+    """Raise DeviceUnavailable if there is no provider or no driver for a GPU."""
     wanted = PROVIDERS[device][0]
     if wanted not in onnxruntime.get_available_providers():
         raise DeviceUnavailable(
             f"device {device}: the installed onnxruntime has no {wanted}; "
             "install the extra 'cuda' in place of 'cpu'"
         )
-    if fault := load_fault(DRIVER):
+    if fault := linker_error(DRIVER):
         raise DeviceUnavailable(f"device {device}: no NVIDIA driver: {fault}")
 
 
-def why(provider: str) -> str:
-    """Say what keeps a provider's library from loading."""
+def load_failure(provider: str) -> str:
+    """Return why a provider did not load."""
     library = Path(onnxruntime.__file__).parent / "capi" / LIBRARIES[provider]
-    return load_fault(str(library)) or "its libraries load, but no device accepts it"
+    return linker_error(str(library)) or "its libraries load, but no device accepts it"
 
 
-def load_fault(library: str) -> str | None:
-    """Return the dynamic linker's complaint about a library, without its folder."""
+def linker_error(library: str) -> str | None:
+    """Return the dynamic linker's error for a library, without its folder; None if it loads."""
     try:
         ctypes.CDLL(library)
     except OSError as error:
@@ -100,7 +100,7 @@ def load_fault(library: str) -> str | None:
 
 @contextlib.contextmanager
 def quiet_log() -> Iterator[None]:
-    """Silence onnxruntime's own log, and what its Python part prints, for a while."""
+    """Silence onnxruntime's log, and the output of its Python part."""
     onnxruntime.set_default_logger_severity(FATAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()):

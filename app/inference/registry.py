@@ -1,40 +1,44 @@
-"""The models that are served, by name and version; loaded, replaced and unloaded while they are.
+"""The served models, by name and version, which can be loaded, replaced and unloaded any time.
 
-They come from the models folder when the service starts, and while it runs: a version that is new
-there is read, checked, tried on its own examples and only then put in place, between two requests.
-What is refused leaves what is served as it was. A request keeps the model that it has found until
-it is answered.
+They come from the models folder, at the start and later. A new version is read, checked, tried on
+its own examples and only then put in place, between two requests. A refused version changes
+nothing. A request keeps the model it has found until its response is out.
 """
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from dropserve.app.bundles import loader
 from dropserve.app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
 from dropserve.app.inference import batch, memory
-from dropserve.app.inference.batch import Draw
+from dropserve.app.inference.batch import PassesJob
 from dropserve.app.inference.engine import Engine
-from dropserve.app.inference.executor import Turns
+from dropserve.app.inference.executor import Executor
 from dropserve.app.inference.providers import PROVIDERS, Device
-from dropserve.app.inference.runner import Model
+from dropserve.app.inference.runner import ModelRunner
+from dropserve.app.observability.metrics import ModelInfo
 from dropserve.app.uncertainty.masks import MaskStream
 from dropserve.export.bundle import BundleError
 
-# Passes of each example that a bundle is tried with.
+# Passes of each example when a bundle is tried.
 TRIAL_PASSES = 10
-# What may come of loading a version.
+# Outcomes of loading a version, as counted.
 LOADED, REFUSED = "loaded", "refused"
+
+Found = TypeVar("Found")
+Versions = TypeVar("Versions")
 
 log = logging.getLogger(__name__)
 
 
 class Engines(dict[str, dict[int, Engine]]):
-    """Engines by name and version, what they run on, and why other versions were refused."""
+    """Engines by name and version, their device, and why other versions were refused."""
 
     def __init__(self, device: Device, threads: int) -> None:
         super().__init__()
@@ -44,13 +48,13 @@ class Engines(dict[str, dict[int, Engine]]):
 
 
 class Served(NamedTuple):
-    """What is served, for another process to serve the same."""
+    """The served and the unloaded models, for another process to serve the same."""
 
     versions: dict[str, tuple[int, ...]]
     unloaded: frozenset[str]
 
 
-def load(place: Path, device: Device, threads: int) -> Engine:
+def load_engine(place: Path, device: Device, threads: int) -> Engine:
     """Read the bundle at ``place``, and try it on its own examples.
 
     Raises
@@ -60,56 +64,59 @@ def load(place: Path, device: Device, threads: int) -> Engine:
     DeviceUnavailable
         If the device is not to be had.
     """
-    bundle = loader.read(place)
+    bundle = loader.read_bundle(place)
     engine = Engine(bundle, device, threads)
     stream = MaskStream(0, engine.manifest.sites)
     inputs = engine.examples.inputs
-    trial = Draw(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
-    for (outcome,) in (batch.predict(engine, [trial.inputs]), batch.draw(engine, [trial])):
+    trial = PassesJob(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
+    for (outcome,) in (batch.predict(engine, [trial.inputs]), batch.run_passes(engine, [trial])):
         if isinstance(outcome, InputError):
             raise BundleError(f"it does not answer its own examples: {outcome}")
     return engine
 
 
-class State(NamedTuple):
-    """What became of a version in the models folder."""
+class VersionStatus(NamedTuple):
+    """Status of a version in the models folder."""
 
     name: str
     version: int
     served: bool
-    reason: str  # why it is not, where that is known
+    reason: str  # why not, if known
 
 
-class Models:
-    """The models that are served, by name and version.
+class Registry:
+    """The served models, by name and version.
 
-    Every change is made on the event loop in one step, so a request finds the models as they were
-    before or as they are after it.
+    Every change is one step on the event loop, so a request finds the models either as before it or
+    as after it.
 
     Parameters
     ----------
     engines
-        To begin with.
-    turns
+        The models to start with.
+    executor
         Where their long runs are made.
     folder
-        The models folder; None: nothing more can be loaded.
+        The models folder; None: no more models can be loaded.
     """
 
-    def __init__(self, engines: Engines, turns: Turns, folder: Path | None = None) -> None:
-        self.turns = turns
+    def __init__(self, engines: Engines, executor: Executor, folder: Path | None = None) -> None:
+        self.executor = executor
         self.folder = folder
         self.device = engines.device
         self.provider = PROVIDERS[engines.device][0]
         self.threads = engines.threads
         self.served = {
-            name: {version: Model(engine, turns) for version, engine in sorted(versions.items())}
+            name: {
+                version: ModelRunner(engine, executor)
+                for version, engine in sorted(versions.items())
+            }
             for name, versions in engines.items()
         }
         self.unloaded: set[str] = set()
-        # Why a version was refused when it was last tried.
+        # Reason for the refusal of a version when it was last tried.
         self.refused = engines.refused
-        # How often a version was loaded, or refused, by name and outcome.
+        # Number of versions loaded or refused, by name and outcome.
         self.loads: Counter[tuple[str, str]] = Counter()
         for name, versions in engines.items():
             self.loads[name, LOADED] += len(versions)
@@ -117,58 +124,36 @@ class Models:
             self.loads[name, REFUSED] += 1
         self.changing = asyncio.Lock()
 
-    def find(self, name: str | None, version: int | None) -> Model:
-        """Find a model: the only one where no name is given, the newest of its versions.
+    def find(self, name: str | None, version: int | None) -> ModelRunner:
+        """Find a model; see ``find_version``."""
+        return find_version(self.served, name, version)
 
-        Raises
-        ------
-        UnknownModel, InputError
-            If there is no such model; if a name is needed.
-        """
-        if name is None:
-            if len(self.served) > 1:
-                raise InputError("model", f"is needed, one of: {', '.join(sorted(self.served))}")
-            if not self.served:
-                raise UnknownModel("no model is served")
-            (name,) = self.served
-        versions = self.versions(name)
-        if version is None:
-            # They are kept in order.
-            version = next(reversed(versions))
-        if version not in versions:
-            served = ", ".join(map(str, versions))
-            raise UnknownModel(f"no version {version} of model {name}; served are: {served}")
-        return versions[version]
-
-    def versions(self, name: str) -> dict[int, Model]:
+    def versions(self, name: str) -> dict[int, ModelRunner]:
         """Return the versions of a model, ascending; raise UnknownModel if it is not served."""
-        if name not in self.served:
-            served = ", ".join(sorted(self.served)) or "none"
-            raise UnknownModel(f"no model {name[:100]!r}; served are: {served}")
-        return self.served[name]
+        return find_versions(self.served, name)
 
     def state(self) -> Served:
-        """Say what is served, and what was unloaded."""
+        """Return the served and the unloaded models."""
         versions = {name: tuple(versions) for name, versions in self.served.items()}
         return Served(versions, frozenset(self.unloaded))
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[None]:
-        """Let one change after the other be made, and give back the memory that each took."""
+        """Serialize changes, and return the memory that each of them took."""
         async with self.changing:
             try:
                 yield
             finally:
-                await asyncio.to_thread(memory.release)
+                await asyncio.to_thread(memory.trim)
 
-    async def index(self) -> list[State]:
-        """Say of every version that is served or in the models folder what became of it."""
-        listed = await asyncio.to_thread(self.list)
+    async def index(self) -> list[VersionStatus]:
+        """Return the status of every version that is served or in the models folder."""
+        listed = await asyncio.to_thread(self._list_folder)
         found = {name: set(places) for name, places in listed.items()}
         for name, versions in self.served.items():
             found.setdefault(name, set()).update(versions)
         return [
-            State(
+            VersionStatus(
                 name,
                 version,
                 version in self.served.get(name, ()),
@@ -179,25 +164,25 @@ class Models:
         ]
 
     async def load(self, name: str) -> None:
-        """Serve what the models folder holds of a model now, but for what ``faults`` names.
+        """Serve the versions of a model that the models folder holds, except those in ``faults``.
 
         Raises
         ------
         UnknownModel
-            If the folder does not hold it.
+            If the folder does not hold the model.
         LoadError
             If the folder cannot be read.
         """
         async with self.change():
-            listed = await asyncio.to_thread(self.list)
+            listed = await asyncio.to_thread(self._list_folder)
             if name not in listed:
                 there = ", ".join(listed) or "none"
                 raise UnknownModel(f"no model {name[:100]!r} to load; there are: {there}")
             self.unloaded.discard(name)
-            await self.renew(name, listed[name])
+            await self._refresh(name, listed[name])
 
     async def unload(self, name: str) -> None:
-        """Serve a model no more; requests that have found it are answered.
+        """Stop serving a model; requests that have found it are answered.
 
         Raises
         ------
@@ -211,15 +196,15 @@ class Models:
             log.info("unloaded %s", name)
 
     async def reload(self) -> None:
-        """Serve what the models folder holds now, but for what was unloaded.
+        """Serve the present content of the models folder, except unloaded models.
 
         Raises
         ------
         LoadError
-            If a version is refused, or the folder holds nothing: then all is served on.
+            If a version is refused, or if the folder holds no bundle; then nothing is unloaded.
         """
         async with self.change():
-            listed = await asyncio.to_thread(self.list)
+            listed = await asyncio.to_thread(self._list_folder)
             if not listed:
                 raise LoadError(f"the models folder {str(self.folder)!r} holds no bundle")
             for name in self.served.keys() - listed.keys():
@@ -227,47 +212,55 @@ class Models:
                 log.info("unloaded %s, which is gone", name)
             names = sorted(listed.keys() - self.unloaded)
             for name in names:
-                await self.renew(name, listed[name])
+                await self._refresh(name, listed[name])
             faults = [fault for name in names for fault in self.faults(name)]
             if faults:
                 raise LoadError("; ".join(faults))
 
-    def sizes(self) -> Iterator[tuple[tuple[str, str, str], int, int]]:
-        """Say how many runs of which size were made; by model, version and graph."""
+    def infos(self) -> Iterator[ModelInfo]:
+        """Iterate over the served versions and where they run."""
         for name, versions in self.served.items():
-            for version, model in versions.items():
-                for graph, batchers in (
-                    ("predict", (model.predictions, model.many_predictions)),
-                    ("stochastic", (model.draws, model.many_draws)),
-                ):
-                    for batcher in batchers:
-                        for size, number in batcher.sizes.copy().items():
-                            yield (name, str(version), graph), size, number
+            for version, runner in versions.items():
+                engine = runner.engine
+                yield ModelInfo(name, str(version), engine.device, engine.provider)
 
-    def list(self) -> dict[str, dict[int, Path]]:
-        """List the models folder: the place of each version, by name."""
+    def batch_sizes(self) -> Iterator[tuple[tuple[str, str, str], int, int]]:
+        """Iterate over (model, version, graph), size of a run, and number of such runs."""
+        for name, versions in self.served.items():
+            for version, runner in versions.items():
+                for graph, sizes in (
+                    ("predict", runner.predictions.sizes),
+                    ("predict", runner.long_predictions.sizes),
+                    ("stochastic", runner.passes.sizes),
+                    ("stochastic", runner.long_passes.sizes),
+                ):
+                    for size, number in sizes.copy().items():
+                        yield (name, str(version), graph), size, number
+
+    def _list_folder(self) -> dict[str, dict[int, Path]]:
+        """Return the folder of each version, by name."""
         listed: dict[str, dict[int, Path]] = {}
         if self.folder is not None:
             try:
-                for place in loader.places(self.folder):
+                for place in loader.bundle_folders(self.folder):
                     listed.setdefault(place.parent.name, {})[int(place.name)] = place
             except StartError as error:
                 raise LoadError(str(error)) from None
         return listed
 
-    async def renew(self, name: str, places: dict[int, Path]) -> None:
-        """Load the versions at some places, and put them in the place of those that are served.
+    async def _refresh(self, name: str, places: dict[int, Path]) -> None:
+        """Load some versions of a model, and serve them instead of the present ones.
 
-        One that is refused leaves the older bundle under its number where it is.
+        A refused version leaves an older bundle of the same number in place.
         """
         served = self.served.get(name, {})
-        versions: dict[int, Model] = {}
+        versions: dict[int, ModelRunner] = {}
         for gone in [key for key in self.refused if key[0] == name and key[1] not in places]:
             del self.refused[gone]
         for version, place in sorted(places.items()):
             before = served.get(version)
             try:
-                model = await asyncio.to_thread(self.load_version, place, before)
+                runner = await asyncio.to_thread(self._load_version, place, before)
             except (BundleError, DeviceUnavailable) as error:
                 log.error("refused %s version %d: %s", name, version, error)
                 self.refused[name, version] = str(error)
@@ -276,24 +269,65 @@ class Models:
                     versions[version] = before
                 continue
             self.refused.pop((name, version), None)
-            versions[version] = model
-            if model is not before:
+            versions[version] = runner
+            if runner is not before:
                 self.loads[name, LOADED] += 1
                 log.info("serving %s version %d", name, version)
         if versions:
             self.served[name] = versions
 
     def faults(self, name: str) -> Iterator[str]:
-        """Say which versions of a model were refused when they were last tried, and why."""
+        """Describe the versions of a model that were refused when last tried."""
         for (of, version), reason in sorted(self.refused.items()):
             if of == name:
                 yield f"refused {name} version {version}: {reason}"
 
-    def load_version(self, place: Path, before: Model | None) -> Model:
-        """Load the bundle at ``place``, unless it is what is served already."""
+    def _load_version(self, place: Path, before: ModelRunner | None) -> ModelRunner:
+        """Load the bundle at ``place``, unless it is the one being served."""
         if before and loader.read_manifest(place) == before.manifest:
             return before
-        return Model(load(place, self.device, self.threads), self.turns)
+        return ModelRunner(load_engine(place, self.device, self.threads), self.executor)
+
+
+def find_version(
+    served: Mapping[str, Mapping[int, Found]], name: str | None, version: int | None
+) -> Found:
+    """Find a model: without a name the only one, without a version the newest.
+
+    Raises
+    ------
+    UnknownModel, InputError
+        If there is no such model; if a name is needed and missing.
+    """
+    if name is None:
+        if len(served) > 1:
+            raise InputError("model", f"is needed, one of: {', '.join(sorted(served))}")
+        if not served:
+            raise UnknownModel("no model is served")
+        (name,) = served
+    versions = find_versions(served, name)
+    if version is None:
+        # Versions are kept in order.
+        version = next(reversed([*versions]))
+    if version not in versions:
+        numbers = ", ".join(map(str, versions))
+        raise UnknownModel(f"no version {version} of model {name}; served are: {numbers}")
+    return versions[version]
+
+
+def find_versions(served: Mapping[str, Versions], name: str) -> Versions:
+    """Return the versions of a model; raise UnknownModel if it is not served."""
+    if name not in served:
+        names = ", ".join(sorted(served)) or "none"
+        raise UnknownModel(f"no model {name[:100]!r}; served are: {names}")
+    return served[name]
+
+
+def parse_version(text: str) -> int:
+    """Parse the number of a version; raise UnknownModel if it is not one."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UnknownModel(f"no version {text[:20]!r}: versions are whole numbers")
+    return int(text)
 
 
 def load_engines(
@@ -302,10 +336,18 @@ def load_engines(
     threads: int = 1,
     only: Mapping[str, Collection[int]] | None = None,
 ) -> Engines:
-    """Load every bundle in the models folder; one that is refused costs a line in the log.
+    """Load the bundles of the models folder; a refused one is logged.
 
-    Each run of a graph takes ``threads`` CPUs. ``only`` names the versions to load, where it is
-    given.
+    Parameters
+    ----------
+    models
+        The models folder.
+    device
+        Where graphs run; "auto": CUDA if it works, else the CPU with a warning.
+    threads
+        CPUs for each run of a graph.
+    only
+        The versions to load, by name; None: all.
 
     Raises
     ------
@@ -314,19 +356,19 @@ def load_engines(
         "auto") is not to be had.
     """
     engines = Engines("cuda" if device == "auto" else device, threads)
-    for place in loader.places(models):
+    for place in loader.bundle_folders(models):
         name, version = place.parent.name, int(place.name)
         if only is not None and version not in only.get(name, ()):
             continue
         try:
             try:
-                engine = load(place, engines.device, threads)
+                engine = load_engine(place, engines.device, threads)
             except DeviceUnavailable as error:
                 if device != "auto":
                     raise
                 log.warning("serving on the CPU: %s", error)
                 engines.device = "cpu"
-                engine = load(place, engines.device, threads)
+                engine = load_engine(place, engines.device, threads)
         except BundleError as error:
             log.error("refused %s version %d: %s", name, version, error)
             engines.refused[name, version] = str(error)

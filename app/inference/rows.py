@@ -1,4 +1,4 @@
-"""Turn the ``inputs`` of a request, nested lists of JSON numbers, into an array."""
+"""The rows of a request: from nested lists of JSON numbers to an array."""
 
 import math
 import struct
@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
 
+Rows = NDArray[np.float32]  # [B, *shape]
+Inputs = list[object] | Rows  # rows as JSON has them, or read already
+
 LARGEST = float(np.finfo(np.float32).max)
-# What is not smaller than this, half a last place above, would be rounded to infinity.
+# Half a unit in the last place above: from here on, rounding to float32 gives infinity.
 BEYOND = LARGEST + 2.0**103
 NUMBERS = {int, float}
 LISTS = {list}
@@ -26,8 +29,8 @@ def rows_from_lists(
     Raises
     ------
     InputError
-        If there are no rows or more than ``max_rows``, a row is not of that shape, or a value is
-        no number of float32 (a boolean is none).
+        If there are no rows or more than ``max_rows``, a row has another shape, or a value is not
+        a float32 number (a boolean is not).
     """
     check_count(inputs, max_rows)
     return read_rows(inputs, shape)
@@ -42,15 +45,15 @@ def check_count(inputs: Sized, max_rows: int) -> None:
 
 
 def read_rows(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the rows, at once where that can be; raise InputError for the first fault."""
+    """Return the rows; raise InputError for the first fault."""
     rows = rows_at_once(inputs, shape)
     return rows_one_by_one(inputs, shape) if rows is None else rows
 
 
 def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """Return the rows where all are flat, or all nested, and nothing is wrong; else None."""
+    """Return the rows if all are flat or all are nested, and none has a fault; else None."""
     lengths = (math.prod(shape),) if is_flat(inputs[0], shape) else shape
-    # What they are is checked as they are unpacked.
+    # Their types are checked as they are unpacked.
     values: list[Any] = inputs
     for length in lengths:
         if not LISTS.issuperset(map(type, values)) or {length} != set(map(len, values)):
@@ -61,20 +64,20 @@ def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.flo
 
 
 def packed(values: list[Any]) -> NDArray[np.float32] | None:
-    """Return a flat list's numbers, or None where one is no number of float32."""
-    kinds = list(map(type, values))
-    # Mostly there is no other, and then to count is faster.
-    if kinds.count(float) < len(kinds) and not NUMBERS.issuperset(kinds):
+    """Return the numbers of a flat list, or None if one is not a float32 number."""
+    types = list(map(type, values))
+    # Counting is faster than a set, and mostly all are floats.
+    if types.count(float) < len(types) and not NUMBERS.issuperset(types):
         return None
     try:
-        # Unlike native packing, and numpy's, this does not make infinity of what is too large.
+        # Unlike native packing and numpy, standard packing refuses too large numbers.
         return np.frombuffer(struct.pack(f"<{len(values)}f", *values), "<f4")
-    except (OverflowError, struct.error):  # of a float, of a whole number
+    except (OverflowError, struct.error):  # for a float, for an integer
         return None
 
 
 def rows_one_by_one(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the rows, or say what is wrong, and where."""
+    """Return the rows; raise InputError with the path of the first fault."""
     flat: list[Any] = []
     for number, row in enumerate(inputs):
         flat.extend(flat_row(row, shape, f"inputs.{number}"))
@@ -84,15 +87,17 @@ def rows_one_by_one(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.
 
 
 def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:
-    """Return a row's values in order, refusing any other shape."""
+    """Return the values of a row in order; raise InputError for another shape."""
     if not isinstance(row, list):
-        raise InputError(path, f"must be a list of {describe(shape)}, not {kind(row)}")
+        raise InputError(path, f"must be a list of {describe_shape(shape)}, not {json_type(row)}")
     if is_flat(row, shape):
         if len(row) != math.prod(shape):
-            raise InputError(path, f"must hold {describe(shape)}, not {len(row)} values")
+            raise InputError(path, f"must hold {describe_shape(shape)}, not {len(row)} values")
         return row
     if len(row) != shape[0]:
-        raise InputError(path, f"must hold {shape[0]} lists, not {len(row)}: {describe(shape)}")
+        raise InputError(
+            path, f"must hold {shape[0]} lists, not {len(row)}: {describe_shape(shape)}"
+        )
     return list(
         chain.from_iterable(
             nested_part(part, shape[1:], f"{path}.{number}") for number, part in enumerate(row)
@@ -101,9 +106,9 @@ def flat_row(row: object, shape: tuple[int, ...], path: str) -> list[object]:
 
 
 def nested_part(part: object, shape: tuple[int, ...], path: str) -> list[object]:
-    """Return the values of a part of a nested row, which must be nested all the way."""
+    """Return the values of a part of a nested row, nested all the way."""
     if not isinstance(part, list):
-        raise InputError(path, f"must be a list like its neighbours, not {kind(part)}")
+        raise InputError(path, f"must be a list like its neighbours, not {json_type(part)}")
     if len(part) != shape[0]:
         raise InputError(path, f"must hold {shape[0]} values, not {len(part)}")
     if len(shape) == 1:
@@ -116,28 +121,28 @@ def nested_part(part: object, shape: tuple[int, ...], path: str) -> list[object]
 
 
 def is_flat(row: object, shape: tuple[int, ...]) -> bool:
-    """Tell whether a row lists its numbers flat: it may, whatever the shape."""
+    """Tell whether a row is a flat list, which it may be for any shape."""
     return len(shape) == 1 or not (isinstance(row, list) and row and isinstance(row[0], list))
 
 
 def check_numbers(value: object, depth: int, path: str) -> None:
-    """Raise InputError where a list, ``depth`` deep, holds what is no float32 number."""
+    """Raise InputError if a list, ``depth`` deep, holds anything but float32 numbers."""
     if depth > 0 and isinstance(value, list):
         for number, inner in enumerate(value):
             check_numbers(inner, depth - 1, f"{path}.{number}")
     elif not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(path, f"must be a number, not {kind(value)}")
+        raise InputError(path, f"must be a number, not {json_type(value)}")
     elif not abs(value) < BEYOND:  # NaN, too
         raise InputError(path, f"must be a float32 number, at most {LARGEST:.7g} in size")
 
 
-def describe(shape: tuple[int, ...]) -> str:
-    """Say what a row of ``shape`` is."""
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """Describe a row of ``shape``, for a message."""
     total = f"{math.prod(shape)} numbers"
     return total if len(shape) == 1 else f"{total}, flat or nested as {list(shape)}"
 
 
-def kind(value: object) -> str:
-    """Name a JSON value's type."""
+def json_type(value: object) -> str:
+    """Name the type of a JSON value, for a message."""
     names = {bool: "a boolean", str: "a string", dict: "an object", list: "a list"}
     return "null" if value is None else names.get(type(value), "a number")

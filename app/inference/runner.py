@@ -1,203 +1,240 @@
-"""A model that is served: an engine, and the runs that requests share.
+"""A served model: its engine, and the batches that its requests share.
 
-What a request needs of it are steps (see ``service``): generators that yield the runs they need.
+A request larger than one piece of long work is cut into pieces, whose runs alternate with the runs
+of other requests.
 """
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import numpy as np
 
 from dropserve.app.inference import batch, batcher
-from dropserve.app.inference.batch import Draw, Inputs, Prediction
-from dropserve.app.inference.batcher import Batcher
+from dropserve.app.inference.batch import PassesJob, Prediction
+from dropserve.app.inference.batcher import Batcher, Pace
 from dropserve.app.inference.engine import Engine
-from dropserve.app.inference.executor import Turns
-from dropserve.app.inference.rows import rows_from_lists
-from dropserve.app.uncertainty import statistics
+from dropserve.app.inference.executor import Executor
+from dropserve.app.inference.rows import Inputs, Rows, rows_from_lists
+from dropserve.app.observability.record import RequestRecord
+from dropserve.app.uncertainty import statistics, summary
 from dropserve.app.uncertainty.masks import MaskStream
 from dropserve.app.uncertainty.statistics import Samples
+from dropserve.app.uncertainty.summary import Summary
 
-# How long a piece of long work should take: what short work may have to wait for.
+# Length of a piece of long work: the delay that it may cause to short work.
 PIECE_SECONDS = 0.02
-# Numbers of samples that are summarised at once: a fraction of a millisecond, in which to hand the
-# work over and back is dear.
+# Numbers of samples that are summarized on the event loop. That takes a fraction of a millisecond;
+# handing the work to the thread and back would cost more.
 VALUES_ON_LOOP = 2**14
-# Passes after which a tolerance is first looked at; then each time that they have doubled. Looks
-# at fewer would stop by chance, where passes that happened to agree tell of too small an error;
-# looks more often would be more such chances. tests/app/test_coverage.py measures what is left.
-FIRST_LOOK = 50
+# Passes after which a tolerance is first checked, and then each time that they have doubled. After
+# fewer passes some would stop by chance, because they happen to agree; more frequent checks would
+# be more such chances. tests/app/uncertainty/test_coverage.py measures what is left.
+FIRST_CHECK = 50
+
+Result = TypeVar("Result")
+
+Predictions = Batcher[Inputs, Prediction]
+Passes = Batcher[PassesJob, Samples | Summary]
 
 
-class Shared(NamedTuple):
-    """A step: a job for a run that other requests may share."""
+class ModelRunner:
+    """Runs requests on one version of a model, for one event loop.
 
-    batcher: Batcher[Any, Any]
-    job: object
-    size: int
-
-
-class Aside(NamedTuple):
-    """A step: work that is long, and not a run."""
-
-    work: Callable[[], object]
-
-
-# What a step is sent depends on the step, so no one type says it.
-Part = Generator[Shared | Aside, Any, Any]
-
-
-class Model:
-    """An engine, and the runs that requests share.
-
-    A request that takes more than a piece of long work is made in pieces, whose runs take turns
-    with those of others.
+    Parameters
+    ----------
+    engine
+        The model.
+    executor
+        Where long runs are made.
     """
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
+    def __init__(self, engine: Engine, executor: Executor) -> None:
         self.engine = engine
+        self.executor = executor
         self.manifest = engine.manifest
-        self.names = self.manifest.outputs.labels
         self.row_length = math.prod(self.manifest.input.shape)
-        self.classification = self.manifest.task == "classification"
-        # Who answers.
-        self.identity: dict[str, object] = {
-            "model": self.manifest.name,
-            "version": self.manifest.version,
-        }
-        predict, draw = partial(batch.predict, engine), partial(batch.draw, engine)
-        # As requests bring them, since the time it takes to read rows counts.
+        self.is_classifier = self.manifest.task == "classification"
+        predict, run_passes = partial(batch.predict, engine), partial(batch.run_passes, engine)
+        # As lists, like those of requests, since reading them takes part of the time.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
         clock = time.thread_time if engine.device == "cpu" else time.perf_counter
         most = batch.most_at_once(self.manifest.values_per_row)
         pace = batcher.measure(lambda sizes: predict([rows * size for size in sizes]), most, clock)
-        self.piece_of_rows = piece(pace, most)
-        self.predictions = Batcher(predict, pace, most, turns)
-        self.many_predictions = Batcher(predict, pace, self.piece_of_rows, turns, pieces=True)
+        self.rows_a_piece = piece_size(pace, most)
+        self.predictions = Predictions(predict, pace, most, executor)
+        self.long_predictions = Predictions(predict, pace, self.rows_a_piece, executor, pieces=True)
         most = batch.most_at_once(self.manifest.values_per_pass)
         pace = batcher.measure(
-            lambda sizes: draw(
-                # Each at a level of its own, so that nothing they cost is shared.
+            lambda sizes: run_passes(
+                # Each with a level of its own, so that no work is shared between them.
                 [
-                    Draw(rows, stream, range(1), range(size), 1 / (2 + number))
+                    PassesJob(rows, stream, range(1), range(size), 1 / (2 + number))
                     for number, size in enumerate(sizes)
                 ]
             ),
             most,
             clock,
         )
-        self.piece_of_passes = piece(pace, most)
-        self.draws = Batcher(draw, pace, most, turns)
-        self.many_draws = Batcher(draw, pace, self.piece_of_passes, turns, pieces=True)
+        self.passes_a_piece = piece_size(pace, most)
+        self.passes = Passes(run_passes, pace, most, executor)
+        self.long_passes = Passes(run_passes, pace, self.passes_a_piece, executor, pieces=True)
 
-    def labels(self, largest: list[int]) -> list[str]:
-        """Name the likeliest class of each row."""
-        return [self.names[place] for place in largest]
-
-    def deterministic(self, inputs: Inputs) -> Part:
-        """Run eval mode; give a ``Prediction`` of all rows."""
-        if len(inputs) <= self.piece_of_rows:
-            return (yield Shared(self.predictions, inputs, len(inputs)))
+    async def predict(self, inputs: Inputs, record: RequestRecord) -> Prediction:
+        """Run eval mode for all rows."""
+        if len(inputs) <= self.rows_a_piece:
+            return await self.predictions.submit(inputs, len(inputs), record)
         outputs, largest = [], []
-        x = yield from self.read(inputs)
-        for rows in batch.pieces(len(x), self.piece_of_rows):
+        x = await self._read(inputs, record)
+        for rows in batch.pieces(len(x), self.rows_a_piece):
             some = x[rows.start : rows.stop]
-            part = yield Shared(self.many_predictions, some, len(rows))
+            part = await self.long_predictions.submit(some, len(rows), record)
             outputs.append(part.outputs)
             largest += part.largest
-        return Prediction(batch.joined(outputs), largest)
+        return Prediction(batch.concatenate(outputs), largest)
 
-    def read(self, inputs: Inputs) -> Part:
-        """Give rows of more than one run as an array, so that faults are found before any run."""
-        if isinstance(inputs, list):
-            shape = self.manifest.input.shape
-            return (yield Aside(partial(rows_from_lists, inputs, shape, len(inputs))))
-        return inputs
+    async def summarize_passes(
+        self, inputs: Inputs, stream: MaskStream, passes: int, level: float, record: RequestRecord
+    ) -> Summary:
+        """Run train-mode passes of all rows; return their summary.
 
-    def sample(
-        self, inputs: Inputs, stream: MaskStream, passes: range, level: float | None
-    ) -> Part:
-        """Run train-mode passes; give each group of rows' samples, or their summary.
-
-        A group holds as many rows as fit one run with all their passes. A row with more passes
-        than that is a group of its own, run in pieces.
+        Rows are run in groups, as many at a time as fit one piece with all their passes. A row with
+        more passes than that is a group of its own.
         """
-        count = len(passes)
-        if len(inputs) * count <= self.piece_of_passes:
-            draw = Draw(inputs, stream, range(len(inputs)), passes, level)
-            return [(yield Shared(self.draws, draw, draw.size))]
-        found = []
-        x = yield from self.read(inputs)
-        for rows in batch.pieces(len(x), max(1, self.piece_of_passes // count)):
+        rows, numbers = range(len(inputs)), range(passes)
+        if len(rows) * passes <= self.passes_a_piece:
+            job = PassesJob(inputs, stream, rows, numbers, level)
+            return as_summary(await self.passes.submit(job, job.size, record))
+        groups = []
+        x = await self._read(inputs, record)
+        for rows in batch.pieces(len(x), max(1, self.passes_a_piece // passes)):
             some_x = x[rows.start : rows.stop]
-            if len(rows) * count <= self.piece_of_passes:
-                draw = Draw(some_x, stream, rows, passes, level)
-                found.append((yield Shared(self.many_draws, draw, draw.size)))
-                continue
-            parts = []
-            for some in batch.pieces(count, self.piece_of_passes):
-                draw = Draw(some_x, stream, rows, passes[some.start : some.stop], None)
-                parts.append((yield Shared(self.many_draws, draw, draw.size)))
-            samples = statistics.side_by_side(np.concatenate(parts))
-            if level is None:
-                found.append(samples)
+            if len(rows) * passes <= self.passes_a_piece:
+                job = PassesJob(some_x, stream, rows, numbers, level)
+                groups.append(as_summary(await self.long_passes.submit(job, job.size, record)))
             else:
-                found.append((yield from self.finish(samples, level, stream)))
-        return found
+                samples = await self._sample_in_pieces(some_x, stream, rows, numbers, record)
+                groups.append(await self.summarize(samples, level, stream, record))
+        return summary.join_rows(groups)
 
-    def sample_until(
-        self, inputs: Inputs, stream: MaskStream, passes: int, tolerance: float | None
-    ) -> Part:
-        """Run train-mode passes of all rows; give their samples.
+    async def sample(
+        self,
+        inputs: Inputs,
+        stream: MaskStream,
+        passes: int,
+        tolerance: float | None,
+        record: RequestRecord,
+    ) -> Samples:
+        """Run train-mode passes of all rows; return their samples.
 
-        With a tolerance, as few as make all standard errors of the mean as small, but no more than
-        asked for.
+        With a tolerance, stop as soon as the standard error of every mean is as small.
         """
         if tolerance is None:
-            groups = yield from self.sample(inputs, stream, range(passes), None)
-            return (yield from self.together([groups]))
+            groups = await self._sample_groups(inputs, stream, range(passes), record)
+            return await self._join([groups], record)
         parts: list[list[Samples]] = []
-        for some in looks(passes, stream.replicate):
-            parts.append((yield from self.sample(inputs, stream, some, None)))
-            samples = yield from self.together(parts)
-            error = partial(batch.largest_error, self.manifest, samples, stream.replicate)
-            if (yield from self.work(error, samples.size)) <= tolerance:
+        for numbers in between_checks(passes, stream.replicate):
+            parts.append(await self._sample_groups(inputs, stream, numbers, record))
+            samples = await self._join(parts, record)
+            error = partial(
+                summary.largest_standard_error, self.manifest, samples, stream.replicate
+            )
+            if await self._compute(error, samples.size, record) <= tolerance:
                 break
         return samples
 
-    def together(self, parts: list[list[Samples]]) -> Part:
-        """Put samples together: some passes after others, of each some rows after others."""
+    async def summarize(
+        self, samples: Samples, level: float, stream: MaskStream, record: RequestRecord
+    ) -> Summary:
+        """Summarize samples."""
+        work = partial(summary.summarize, self.manifest, samples, level, stream.replicate)
+        return await self._compute(work, samples.size, record)
 
-        def joined() -> Samples:
-            by_pass = [batch.joined(groups, axis=1) for groups in parts]
-            return statistics.side_by_side(batch.joined(by_pass))
+    async def _sample_groups(
+        self, inputs: Inputs, stream: MaskStream, passes: range, record: RequestRecord
+    ) -> list[Samples]:
+        """Run some passes of all rows; return the samples of each group of rows."""
+        rows, count = range(len(inputs)), len(passes)
+        if len(rows) * count <= self.passes_a_piece:
+            job = PassesJob(inputs, stream, rows, passes, None)
+            return [as_samples(await self.passes.submit(job, job.size, record))]
+        x = await self._read(inputs, record)
+        return [
+            await self._sample_in_pieces(x[rows.start : rows.stop], stream, rows, passes, record)
+            for rows in batch.pieces(len(x), max(1, self.passes_a_piece // count))
+        ]
 
-        return (yield from self.work(joined, sum(g.size for groups in parts for g in groups)))
+    async def _sample_in_pieces(
+        self, x: Rows, stream: MaskStream, rows: range, passes: range, record: RequestRecord
+    ) -> Samples:
+        """Run some passes of a group of rows, piece by piece."""
+        parts = []
+        for some in batch.pieces(len(passes), max(1, self.passes_a_piece // len(rows))):
+            job = PassesJob(x, stream, rows, passes[some.start : some.stop], None)
+            parts.append(as_samples(await self.long_passes.submit(job, job.size, record)))
+        if len(parts) == 1:
+            return parts[0]
+        return statistics.side_by_side(np.concatenate(parts))
 
-    def finish(self, samples: Samples, level: float, stream: MaskStream) -> Part:
-        """Summarise samples."""
-        summarize = partial(batch.summarize, self.manifest, level, samples, stream.replicate)
-        return (yield from self.work(summarize, samples.size))
+    async def _join(self, parts: list[list[Samples]], record: RequestRecord) -> Samples:
+        """Join samples: consecutive passes, each of them in consecutive groups of rows."""
 
-    def work(self, work: Callable[[], object], values: int) -> Part:
-        """Do work on so many numbers where it holds nobody up."""
-        return work() if values <= VALUES_ON_LOOP else (yield Aside(work))
+        def join() -> Samples:
+            by_passes = [batch.concatenate(groups, axis=1) for groups in parts]
+            return statistics.side_by_side(batch.concatenate(by_passes))
+
+        return await self._compute(join, sum(g.size for groups in parts for g in groups), record)
+
+    async def _read(self, inputs: Inputs, record: RequestRecord) -> Rows:
+        """Read the rows of several runs at once, so that a fault is found before any run."""
+        if not isinstance(inputs, list):
+            return inputs
+        read = partial(rows_from_lists, inputs, self.manifest.input.shape, len(inputs))
+        return await self.run_aside(read, record)
+
+    async def _compute(
+        self, work: Callable[[], Result], values: int, record: RequestRecord
+    ) -> Result:
+        """Do work on so many numbers where it delays no other request."""
+        return work() if values <= VALUES_ON_LOOP else await self.run_aside(work, record)
+
+    async def run_aside(self, work: Callable[[], Result], record: RequestRecord) -> Result:
+        """Do long work in the executor.
+
+        Raises
+        ------
+        DeadlineExceeded
+            If the request's time is up before.
+        """
+        record.check_deadline(time.monotonic())
+        return await self.executor.submit(work, long=True)
 
 
-def looks(passes: int, replicate: int) -> Iterator[range]:
-    """Cut passes at those after which a tolerance is looked at, with no replicate cut in two."""
-    start, stop = 0, -(-FIRST_LOOK // replicate) * replicate
+def as_summary(outcome: Samples | Summary) -> Summary:
+    """Return the outcome of a job with a level."""
+    assert isinstance(outcome, Summary)
+    return outcome
+
+
+def as_samples(outcome: Samples | Summary) -> Samples:
+    """Return the outcome of a job without a level."""
+    assert isinstance(outcome, np.ndarray)
+    return outcome
+
+
+def between_checks(passes: int, replicate: int) -> Iterator[range]:
+    """Return the passes from one check of a tolerance to the next, in whole replicates."""
+    start, stop = 0, -(-FIRST_CHECK // replicate) * replicate
     while start < passes:
         yield range(start, min(stop, passes))
         start, stop = stop, 2 * stop
 
 
-def piece(pace: batcher.Pace, most: int) -> int:
-    """Return how large a piece of long work is."""
+def piece_size(pace: Pace, most: int) -> int:
+    """Return the size of a piece of long work."""
     if pace.unit <= 0:
         return most
     return max(1, min(most, int((PIECE_SECONDS - pace.run) / pace.unit)))

@@ -1,7 +1,7 @@
-"""The log: one JSON object a line on stderr, for what happens and for each request.
+"""The log: a JSON object a line on stderr, for events and for each request.
 
-It never holds what a client has sent but its request's id, which is checked, and the names of
-models that are served: no feature values, no keys, no paths of its own choosing.
+Of a client's data it holds only the request id, which is checked, and names of served models: no
+feature values, no keys, no paths chosen by the client.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import orjson
 
-from dropserve.app.observability.record import Call
+from dropserve.app.observability.record import RequestRecord
 
 OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 
@@ -22,7 +22,7 @@ class JsonFormatter(logging.Formatter):
     """Writes a record as a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write time, level, message and, where there is one, the trace of an exception."""
+        """Return time, level, message and, for an exception, its traceback as JSON."""
         entry: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
@@ -42,43 +42,41 @@ def configure(level: int) -> None:
 
 
 class RequestLog:
-    """Writes a line for each request, together what one turn of the event loop brings.
+    """Writes a line for each request; those of one turn of the event loop together.
 
-    The logging module takes as long for a line as a small request takes in all.
+    The logging module takes as long for a line as a small request takes in total.
     """
 
     def __init__(self, file: int) -> None:
         self.file = file
         self.lines: list[bytes] = []
 
-    def write(self, call: Call, status: int, seconds: float) -> None:
-        """Write a line for a request that was answered after so many ``seconds``.
-
-        It is written once what else is to be done at the moment is done.
-        """
+    def write(self, record: RequestRecord, seconds: float) -> None:
+        """Queue the line of a request whose response came so many ``seconds`` after it."""
         if not self.lines:
             asyncio.get_running_loop().call_soon(self.flush)
         entry: dict[str, object] = {
             "time": datetime.now(UTC),
             "level": "info",
             "message": "request",
-            "request_id": call.id,
-            "route": call.route,
-            "model": call.model or None,
-            "version": call.version or None,
-            "rows": call.rows,
-            "passes": call.passes,
-            "status": status,
-            "queue_ms": milliseconds(call.queued),
-            "run_ms": milliseconds(call.ran),
+            "request_id": record.id,
+            "route": record.route,
+            "model": record.model or None,
+            "version": record.version or None,
+            "rows": record.rows,
+            "passes": record.passes,
+            "status": record.status,
+            "queue_ms": milliseconds(record.queue_seconds),
+            "run_ms": milliseconds(record.run_seconds),
             "total_ms": milliseconds(seconds),
         }
-        if call.trace:
-            entry["trace_id"], entry["parent_span_id"] = call.trace.trace, call.trace.parent
+        if record.trace:
+            entry["trace_id"] = record.trace.trace_id
+            entry["parent_span_id"] = record.trace.parent_span_id
         self.lines.append(orjson.dumps(entry, option=OPTIONS))
 
     def flush(self) -> None:
-        """Write what there is; what a full disk does not take is lost."""
+        """Write the queued lines; lines for which a full disk has no room are lost."""
         content = b"".join(self.lines)
         self.lines.clear()
         with suppress(OSError):
@@ -87,5 +85,5 @@ class RequestLog:
 
 
 def milliseconds(seconds: float) -> float:
-    """Say how long something took, to the microsecond."""
+    """Convert seconds to milliseconds, to the microsecond."""
     return int(1e6 * seconds) / 1000

@@ -1,13 +1,12 @@
-"""Count what the service does, and write it for Prometheus.
+"""Metrics of the service, written for Prometheus.
 
-A request costs a few additions to plain numbers, a fraction of what the client library's own
-objects cost. The library writes them when they are asked for; with several workers, the sum of
-what each has counted.
+Counting a request takes a few additions to plain numbers, a fraction of the time that the client
+library's objects take. The library writes the exposition: with several workers, of their sums.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,8 +17,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from dropserve.app.inference.service import Service
-from dropserve.app.observability.record import Call
+from dropserve.app.observability.record import RequestRecord
 
 SECONDS = (
     *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -29,16 +27,15 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "run", "total")
 
 Labels = tuple[str, ...]
-# A single number; or how many were observed in each bucket, the last without a bound, and their
-# sum.
+# A single number; or the count of each bucket, the last one unbounded, and the sum.
 Numbers = list[float]
 Counts = dict[tuple[str, Labels], Numbers]  # by family and labels
 
 
 class Family(NamedTuple):
-    """A family of counters, or of histograms where it has bounds."""
+    """A family of counters, or of histograms if it has bounds."""
 
-    says: str
+    help: str
     labels: Labels
     bounds: Sequence[float] = ()
 
@@ -61,7 +58,7 @@ FAMILIES = {
 
 
 class Snapshot(NamedTuple):
-    """What one process has counted, and how it is at the moment."""
+    """The counts of one process, and its present state."""
 
     pid: int
     queue: int
@@ -69,8 +66,17 @@ class Snapshot(NamedTuple):
     counts: Counts
 
 
+class ModelInfo(NamedTuple):
+    """A served version, and where it runs."""
+
+    model: str
+    version: str
+    device: str
+    provider: str
+
+
 class Seen:
-    """What was counted of requests alike in route, model, version and status."""
+    """Counts of the requests with one route, model, version and status."""
 
     def __init__(self) -> None:
         self.stages: list[Numbers] = [empty(SECONDS) for _ in STAGES]
@@ -85,26 +91,46 @@ class Metrics:
         self.seen: dict[tuple[str, str, int, int], Seen] = {}
         self.rejected: Counter[str] = Counter()
 
-    def count(self, call: Call, status: int, seconds: float) -> None:
-        """Count a request that was answered so many ``seconds`` after it came."""
-        alike = (call.route, call.model, call.version, status)
+    def count(self, record: RequestRecord, seconds: float) -> None:
+        """Count a request whose response came so many ``seconds`` after it."""
+        alike = (record.route, record.model, record.version, record.status)
         seen = self.seen.get(alike)
         if seen is None:
             seen = self.seen[alike] = Seen()
         queue, run, total = seen.stages
-        queue[bisect_left(SECONDS, call.queued)] += 1
-        queue[-1] += call.queued
-        run[bisect_left(SECONDS, call.ran)] += 1
-        run[-1] += call.ran
+        queue[bisect_left(SECONDS, record.queue_seconds)] += 1
+        queue[-1] += record.queue_seconds
+        run[bisect_left(SECONDS, record.run_seconds)] += 1
+        run[-1] += record.run_seconds
         total[bisect_left(SECONDS, seconds)] += 1
         total[-1] += seconds
-        seen.rows += call.rows
-        seen.passes += call.rows * call.passes
-        if call.rejected:
-            self.rejected[call.rejected] += 1
+        seen.rows += record.rows
+        seen.passes += record.rows * record.passes
+        if record.rejected:
+            self.rejected[record.rejected] += 1
 
-    def snapshot(self, pid: int, service: Service, connections: int) -> Snapshot:
-        """Say what was counted here, and by a service."""
+    def snapshot(
+        self,
+        *,
+        pid: int,
+        queue: int,
+        connections: int,
+        loads: Mapping[tuple[str, str], int],
+        batch_sizes: Iterable[tuple[tuple[str, str, str], int, int]],
+    ) -> Snapshot:
+        """Return the present counts.
+
+        Parameters
+        ----------
+        pid
+            Of this process.
+        queue, connections
+            Rows x passes being answered, and open connections.
+        loads
+            Number of versions loaded or refused, by name and outcome.
+        batch_sizes
+            (model, version, graph), size of a run, and number of such runs.
+        """
         parts: list[Counts] = []
         for (route, model, number, status), seen in self.seen.items():
             alike = (route, model, str(number or ""))
@@ -120,23 +146,23 @@ class Metrics:
             parts.append(part)
         for reason, number in self.rejected.items():
             parts.append({("dropserve_rejected", (reason,)): [number]})
-        for version, number in service.models.loads.items():
+        for version, number in loads.items():
             parts.append({("dropserve_model_loads", version): [number]})
-        for graph, size, number in service.models.sizes():
+        for graph, size, number in batch_sizes:
             numbers = empty(SIZES)
             numbers[bisect_left(SIZES, size)] = number
             numbers[-1] = size * number
             parts.append({("dropserve_batch_size", graph): numbers})
-        return Snapshot(pid, service.queue.held, connections, merged(parts))
+        return Snapshot(pid, queue, connections, merged(parts))
 
 
 def empty(bounds: Sequence[float]) -> Numbers:
-    """Return the numbers of a histogram in which nothing was observed."""
+    """Return the numbers of a histogram without observations."""
     return [0.0] * (len(bounds) + 2)
 
 
 def merged(parts: Iterable[Counts]) -> Counts:
-    """Add up what was counted in several places."""
+    """Add up several counts."""
     total: Counts = {}
     for part in parts:
         for key, numbers in part.items():
@@ -149,19 +175,28 @@ def merged(parts: Iterable[Counts]) -> Counts:
     return total
 
 
-def exposition(snapshots: Sequence[Snapshot], gone: Counts, deaths: int, service: Service) -> bytes:
-    """Write how a service does, in Prometheus' text format.
+def exposition(
+    snapshots: Sequence[Snapshot],
+    *,
+    gone: Counts,
+    deaths: int,
+    queue_limit: int,
+    models: Iterable[ModelInfo],
+) -> bytes:
+    """Write all metrics in Prometheus' text format.
 
     Parameters
     ----------
     snapshots
-        Of the processes that serve.
+        Of the living workers.
     gone
-        What those have counted that died.
+        Counts of the workers that died.
     deaths
-        How many did.
-    service
-        Of the process that writes.
+        Number of workers that died.
+    queue_limit
+        Limit of rows x passes of one worker.
+    models
+        The served versions.
     """
     counts = merged([gone, *(snapshot.counts for snapshot in snapshots)])
     registry = CollectorRegistry()
@@ -170,7 +205,7 @@ def exposition(snapshots: Sequence[Snapshot], gone: Counts, deaths: int, service
             [
                 *counters(counts),
                 CounterMetricFamily("dropserve_worker_deaths", "Workers that died", deaths),
-                *gauges(snapshots, service),
+                *gauges(snapshots, queue_limit, models),
                 *processes([snapshot.pid for snapshot in snapshots]),
             ]
         )
@@ -179,7 +214,7 @@ def exposition(snapshots: Sequence[Snapshot], gone: Counts, deaths: int, service
 
 
 class Written(Collector):
-    """Hands the registry what is to be written."""
+    """Hands metrics that are made already to the registry."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = metrics
@@ -190,49 +225,50 @@ class Written(Collector):
 
 
 def counters(counts: Counts) -> Iterator[Metric]:
-    """Write what was counted."""
+    """Make the families of counters and histograms."""
     for name, family in FAMILIES.items():
         own = {labels: numbers for (of, labels), numbers in counts.items() if of == name}
         if not family.bounds:
-            counter = CounterMetricFamily(name, family.says, labels=family.labels)
+            counter = CounterMetricFamily(name, family.help, labels=family.labels)
             for labels, (number,) in own.items():
                 counter.add_metric(labels, number)
             yield counter
             continue
-        histogram = HistogramMetricFamily(name, family.says, labels=family.labels)
+        histogram = HistogramMetricFamily(name, family.help, labels=family.labels)
         names = [*(str(float(bound)) for bound in family.bounds), "+Inf"]
         for labels, numbers in own.items():
-            # Prometheus wants the buckets added up from below.
+            # Prometheus wants cumulative buckets.
             buckets = list(zip(names, accumulate(numbers[:-1]), strict=True))
             histogram.add_metric(labels, buckets, numbers[-1])
         yield histogram
 
 
-def gauges(snapshots: Sequence[Snapshot], service: Service) -> Iterator[Metric]:
-    """Write how things are at the moment."""
+def gauges(
+    snapshots: Sequence[Snapshot], queue_limit: int, models: Iterable[ModelInfo]
+) -> Iterator[Metric]:
+    """Make the gauges of the present state."""
     queue = sum(snapshot.queue for snapshot in snapshots)
-    limit = service.queue.most * len(snapshots)
+    limit = queue_limit * len(snapshots)
     connections = sum(snapshot.connections for snapshot in snapshots)
-    for name, says, value in (
+    for name, text, value in (
         ("queue_rows", "Rows x passes of the requests that are being answered", queue),
         ("queue_rows_limit", "What these may be at most", limit),
         ("connections", "Open connections", connections),
         ("workers", "Worker processes", len(snapshots)),
     ):
-        yield GaugeMetricFamily(f"dropserve_{name}", says, value)
+        yield GaugeMetricFamily(f"dropserve_{name}", text, value)
     info = GaugeMetricFamily(
         "dropserve_model_info",
         "The versions that are served, and on what",
         labels=["model", "version", "device", "provider"],
     )
-    for name, versions in service.models.served.items():
-        for version, model in versions.items():
-            info.add_metric([name, str(version), model.engine.device, model.engine.provider], 1)
+    for model in models:
+        info.add_metric(model, 1)
     yield info
 
 
 def processes(pids: Sequence[int]) -> Iterator[Metric]:
-    """Describe processes as the client library does its own, with their numbers as a label."""
+    """Make the client library's metrics of a process for several, with the pid as a label."""
     found: dict[str, Metric] = {}
     for pid in pids:
         for family in ProcessCollector(pid=partial(int, pid), registry=None).collect():

@@ -1,57 +1,73 @@
-"""What is known of one request while it is answered: what it may take, and what it has taken."""
+"""The record of one request: its deadline, and what log, metrics and traces tell about it."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dropserve.app.errors import DeadlineExceeded
 
-# What a client may ask an answer to be waited for.
+# Longest time limit that a client may set for a response.
 MAX_TIMEOUT_MS = 3_600_000
+# Status of a request whose client disconnected before the response, as nginx logs it.
+CLIENT_DISCONNECTED = 499
 
 
 class Trace(NamedTuple):
-    """What a request belongs to, as W3C Trace Context has it."""
+    """Where a request belongs in its client's trace (W3C Trace Context)."""
 
-    trace: str
-    parent: str  # the span that caused it
+    trace_id: str
+    parent_span_id: str
     flags: str
 
 
 @dataclass(slots=True)
-class Call:
-    """A request, for those who count and log it.
+class RequestRecord:
+    """One request, from its arrival to its response.
 
     Parameters
     ----------
     method, route
-        What was asked for, without what is different in each request.
+        HTTP method, and path template without the parts that differ between requests.
     id
-        Of the request.
-    seconds
-        How long its answer may take; work that would begin later is not begun.
+        Returned to the client, and written to the log.
+    time_limit
+        Seconds the response may take. Work that would start later is dropped.
+    start
+        Time of arrival, by the monotonic clock.
+    model, version
+        The model that answers, once it is found.
+    rows, passes
+        Size of the request; 0 passes in eval mode.
+    queue_seconds, run_seconds
+        How long its jobs waited for their batches, and how long these batches took in full.
+    rejected
+        Reason for a refusal, as counted in the metrics.
+    status
+        HTTP status of the response.
+    trace
+        From the client's ``traceparent`` header.
     """
 
-    method: str
-    route: str
-    id: str
-    seconds: float
+    method: str = ""
+    route: str = ""
+    id: str = ""
+    time_limit: float = math.inf
     start: float = field(default_factory=time.monotonic)
     model: str = ""
     version: int = 0
     rows: int = 0
     passes: int = 0
-    # Seconds that its jobs waited for their runs, and that the runs took, shared ones in full.
-    queued: float = 0.0
-    ran: float = 0.0
-    # Why it was refused.
+    queue_seconds: float = 0.0
+    run_seconds: float = 0.0
     rejected: str = ""
+    status: int = CLIENT_DISCONNECTED
     trace: Trace | None = None
 
-    def check_time(self, now: float) -> None:
-        """Raise DeadlineExceeded if ``now``, by the monotonic clock, is too late."""
-        if now - self.start >= self.seconds:
+    def check_deadline(self, now: float) -> None:
+        """Raise DeadlineExceeded if ``now``, by the monotonic clock, is past the time limit."""
+        if now - self.start >= self.time_limit:
             raise DeadlineExceeded(
-                f"the answer was not ready within {self.seconds * 1000:.0f} ms, "
+                f"the answer was not ready within {self.time_limit * 1000:.0f} ms, "
                 "so what was left to do was not begun"
             )

@@ -1,7 +1,7 @@
-"""Carry on a client's trace (W3C Trace Context), and write spans where somebody collects them.
+"""Continue a client's trace (W3C Trace Context), and export spans if there is a collector.
 
-Spans need the extra ``otel`` and the address of a collector in OpenTelemetry's own variable
-OTEL_EXPORTER_OTLP_ENDPOINT (or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT); its others hold, too.
+Spans need the extra ``otel`` and a collector's address in OpenTelemetry's variable
+OTEL_EXPORTER_OTLP_ENDPOINT (or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT). Its other variables apply, too.
 """
 
 import logging
@@ -10,7 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from dropserve.app.observability.record import Call, Trace
+from dropserve.app.observability.record import RequestRecord, Trace
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -25,8 +25,8 @@ TRACEPARENT = re.compile(
 log = logging.getLogger(__name__)
 
 
-def read(traceparent: bytes) -> Trace | None:
-    """Read the header ``traceparent``; None if it is not as the standard has it."""
+def parse_traceparent(traceparent: bytes) -> Trace | None:
+    """Parse the header ``traceparent``; None if it does not follow the standard."""
     found = TRACEPARENT.fullmatch(traceparent)
     if found is None or (traceparent.startswith(b"00") and found[4]):
         return None
@@ -34,14 +34,14 @@ def read(traceparent: bytes) -> Trace | None:
 
 
 class Spans:
-    """Writes a span for each request, with one for the wait for its runs and one for these."""
+    """Exports a span for each request, with child spans for its time in the queue and in runs."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         self.provider = provider
         self.tracer = provider.get_tracer(SERVICE_NAME)
 
-    def write(self, call: Call, status: int, seconds: float) -> None:
-        """Write the spans of a request that was answered just now, after ``seconds``."""
+    def write(self, record: RequestRecord, seconds: float) -> None:
+        """Export the spans of a request whose response is out just now, after ``seconds``."""
         from opentelemetry.trace import (
             NonRecordingSpan,
             SpanContext,
@@ -51,43 +51,43 @@ class Spans:
         )
 
         context = None
-        if call.trace:
-            trace, parent, flags = (int(part, 16) for part in call.trace)
-            caused = SpanContext(trace, parent, is_remote=True, trace_flags=TraceFlags(flags))
-            context = set_span_in_context(NonRecordingSpan(caused))
+        if record.trace:
+            trace, parent, flags = (int(part, 16) for part in record.trace)
+            client = SpanContext(trace, parent, is_remote=True, trace_flags=TraceFlags(flags))
+            context = set_span_in_context(NonRecordingSpan(client))
         end = time.time_ns()
         start = end - round(seconds * 1e9)
         span = self.tracer.start_span(
-            f"{call.method} {call.route}",
+            f"{record.method} {record.route}",
             context,
             SpanKind.SERVER,
             {
-                "http.request.method": call.method,
-                "http.route": call.route,
-                "http.response.status_code": status,
-                "dropserve.request_id": call.id,
-                "dropserve.model": call.model,
-                "dropserve.version": call.version,
-                "dropserve.rows": call.rows,
-                "dropserve.passes": call.passes,
+                "http.request.method": record.method,
+                "http.route": record.route,
+                "http.response.status_code": record.status,
+                "dropserve.request_id": record.id,
+                "dropserve.model": record.model,
+                "dropserve.version": record.version,
+                "dropserve.rows": record.rows,
+                "dropserve.passes": record.passes,
             },
             start_time=start,
         )
         inner = set_span_in_context(span)
-        # Each is the sum of what may have been several, so only their lengths are right.
-        queued, ran = round(call.queued * 1e9), round(call.ran * 1e9)
+        # Each is the sum of possibly several intervals, so only the lengths are right.
+        queued, ran = round(record.queue_seconds * 1e9), round(record.run_seconds * 1e9)
         for name, begin, length in (("queue", start, queued), ("run", start + queued, ran)):
             if length:
                 self.tracer.start_span(name, inner, start_time=begin).end(begin + length)
         span.end(end)
 
     def close(self) -> None:
-        """Send what was not sent yet."""
+        """Send the remaining spans."""
         self.provider.shutdown()
 
 
-def spans() -> Spans | None:
-    """Return what writes spans, where an address is set to send them to."""
+def open_spans() -> Spans | None:
+    """Return the exporter of spans, or None if no collector is set."""
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return None
     try:

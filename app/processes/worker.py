@@ -1,4 +1,4 @@
-"""Build what a process serves, and serve it; the same where there is one process and where many."""
+"""One process of the service: builds its parts and serves; the same for one process or several."""
 
 import asyncio
 import logging
@@ -14,8 +14,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from dropserve.app.errors import LoadError, StartError
 from dropserve.app.http import app
-from dropserve.app.http.context import Gate
-from dropserve.app.http.v2.repository import Load, Unload
+from dropserve.app.http.context import Context
 from dropserve.app.inference import memory
 from dropserve.app.inference.registry import Engines, Served, load_engines
 from dropserve.app.inference.service import Service
@@ -32,25 +31,37 @@ from dropserve.app.settings import Settings
 log = logging.getLogger("app")
 
 
+class Load(NamedTuple):
+    """Message to all workers: serve the versions of a model that the models folder holds."""
+
+    name: str
+
+
+class Unload(NamedTuple):
+    """Message to all workers: stop serving a model."""
+
+    name: str
+
+
 class Reload(NamedTuple):
-    """Have a worker read the models folder and the keys again."""
+    """Message to all workers: read the API keys and the models folder again."""
 
 
 class Count(NamedTuple):
-    """Ask what a worker has counted."""
+    """Message to all workers: return your metrics."""
 
 
 class Worker:
-    """What one process serves.
+    """One process of the service.
 
     Parameters
     ----------
     settings
         Of the service.
     engines
-        The models to begin with.
+        The models to start with.
     start
-        What the parent of several workers gives each; None: there is only this.
+        From the supervisor of several workers; None: this is the only one.
     """
 
     def __init__(self, settings: Settings, engines: Engines, start: Start | None = None) -> None:
@@ -65,41 +76,42 @@ class Worker:
             folder=settings.models,
         )
         if start and isinstance(start.state, Served):
-            self.service.models.unloaded |= start.state.unloaded
+            self.service.registry.unloaded |= start.state.unloaded
         self.metrics = metrics.Metrics()
-        self.spans = tracing.spans()
-        self.gate = Gate(
+        self.spans = tracing.open_spans()
+        self.context = Context(
             keys=read_keys(settings),
-            admin=is_loopback(settings.host),
+            allow_local_admin=is_loopback(settings.host),
             timeout_ms=settings.timeout_ms,
             metrics=self.metrics,
             log=logs.RequestLog(sys.stderr.fileno()),
             spans=self.spans,
         )
         self.group = Group(
-            self.handle, start.link if start else None, self.stop, self.service.models.state
+            self.handle, start.link if start else None, self.stop, self.service.registry.state
         )
         self.application = app.create(
             self.service,
             debug=settings.debug,
             max_body_bytes=settings.max_body_bytes,
-            gate=self.gate,
-            group=self.group,
-            exposition=self.exposition,
-            begin=self.begin,
-            end=self.end,
+            context=self.context,
+            load=lambda name: self.group.change(Load(name)),
+            unload=lambda name: self.group.change(Unload(name)),
+            metrics=self.exposition,
+            startup=self.startup,
+            shutdown=self.shutdown,
             origins=settings.origins(),
         )
         limits = Limits(settings.max_connections, settings.max_head_bytes, settings.receive_seconds)
         self.server = Server(
             uvicorn.Config(
                 self.application,
-                http=connection_class(limits),
-                # It is one, though its __call__ is no coroutine function.
+                http=connection_class(self.application, limits),
+                # uvicorn cannot tell, as its __call__ is not a coroutine function.
                 interface="asgi3",
-                # Nothing here asks who the client is.
+                # The client's address is not used.
                 proxy_headers=False,
-                # It would gather what to log of each request even where nothing is logged.
+                # uvicorn would collect the fields of each line even if none is logged.
                 access_log=False,
                 server_header=False,
                 ws="none",
@@ -113,16 +125,16 @@ class Worker:
         )
 
     def serve(self, listener: socket.socket) -> None:
-        """Answer requests until the process is told to end and all are answered."""
-        memory.settle()
+        """Serve until the process is told to stop and all responses are out."""
+        memory.freeze()
         self.server.run([listener])
         if self.spans:
             self.spans.close()
 
-    def begin(self) -> None:
-        """Begin to listen to others, on the event loop."""
+    def startup(self) -> None:
+        """Start to listen to the other processes and to signals, on the event loop."""
         self.group.start()
-        # Signals reach the main thread alone, which in another's process may not be ours.
+        # Signals reach the main thread only; embedded in another program, it may not be this one.
         if self.alone and threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
             # The loop keeps only a weak reference to a task.
@@ -135,56 +147,68 @@ class Worker:
 
             loop.add_signal_handler(signal.SIGHUP, hang_up)
 
-    def end(self) -> None:
-        """Let go of what is not needed any more, all requests being answered."""
+    def shutdown(self) -> None:
+        """Release the resources, after the last response."""
         self.group.close()
         self.service.close()
 
     def stop(self) -> None:
-        """End as on SIGTERM, if that has not begun: the parent of the workers is gone."""
+        """Stop as on SIGTERM, unless stopping already: the supervisor is gone."""
         if not self.server.server_state.draining:
             self.server.stop()
 
-    async def handle(self, question: object) -> object:
-        """Do what all workers are asked to do."""
-        match question:
+    async def handle(self, message: object) -> object:
+        """Handle a message to all workers."""
+        match message:
             case Load(name):
-                await self.service.models.load(name)
+                await self.service.registry.load(name)
             case Unload(name):
-                await self.service.models.unload(name)
+                await self.service.registry.unload(name)
             case Reload():
                 await self.reload()
             case Count():
                 connections = len(self.server.server_state.connections)
-                return self.metrics.snapshot(os.getpid(), self.service, connections)
+                return self.metrics.snapshot(
+                    pid=os.getpid(),
+                    queue=self.service.admission.held,
+                    connections=connections,
+                    loads=self.service.registry.loads,
+                    batch_sizes=self.service.registry.batch_sizes(),
+                )
         return None
 
     async def reload(self) -> None:
-        """Read the keys and the models folder again; what is wrong leaves all as it was."""
+        """Read the API keys and the models folder again; a faulty one changes nothing."""
         try:
-            self.gate.keys = read_keys(self.settings)
+            self.context.keys = read_keys(self.settings)
         except StartError as error:
             log.error("the keys stay as they were: %s", error)
         try:
-            await self.service.models.reload()
+            await self.service.registry.reload()
         except LoadError as error:
             log.error("not all was loaded: %s", error)
 
     async def exposition(self) -> bytes:
-        """Write the metrics of all workers."""
+        """Return the metrics of all workers, for Prometheus."""
         found = await self.group.ask(Count())
         snapshots = [each for each in found.answers if isinstance(each, Snapshot)]
         gone = found.gone if isinstance(found.gone, dict) else {}
-        return metrics.exposition(snapshots, gone, found.deaths, self.service)
+        return metrics.exposition(
+            snapshots,
+            gone=gone,
+            deaths=found.deaths,
+            queue_limit=self.service.admission.limit,
+            models=self.service.registry.infos(),
+        )
 
 
 def read_keys(settings: Settings) -> Keys | None:
-    """Read who may ask; None: everybody may.
+    """Read the API keys; None: no key is needed.
 
     Raises
     ------
     StartError
-        If the file is not as it should be, or everybody may ask where that was not meant.
+        If the file is faulty, or if other machines could connect without a key unintendedly.
     """
     if settings.api_keys_file is not None:
         return Keys.read(settings.api_keys_file)
@@ -200,28 +224,28 @@ def serve_as_worker(
     settings: Settings, threads: int, listener: socket.socket, start: Start
 ) -> None:
     """Serve in one of several processes."""
-    # What the first process has said already need not be said by each.
+    # The first process has logged this already.
     logs.configure(logging.ERROR)
     try:
         only = start.state.versions if isinstance(start.state, Served) else None
         engines = load_engines(settings.models, settings.device, threads, only)
         worker = Worker(settings, engines, start)
-        # What is unloaded is to be let go of.
+        # An unloaded model must not be kept alive.
         del engines
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
-        # Any other status would have the worker started again, in vain.
+        # With any other status the worker would be restarted, in vain.
         sys.exit(STARTUP_FAILURE)
     logging.getLogger().setLevel(logging.INFO)
     worker.serve(listener)
 
 
 def kept(answer: object) -> bool:
-    """Tell whether an answer holds what is still to be counted when its worker has died."""
+    """Tell whether an answer holds counts that must outlive its worker."""
     return isinstance(answer, Snapshot)
 
 
 def fold(gone: object, answer: object) -> object:
-    """Add what a worker that died has counted to what others have that did."""
+    """Add the counts of a worker that died to those of earlier ones."""
     assert isinstance(answer, Snapshot)
     return metrics.merged([gone if isinstance(gone, dict) else {}, answer.counts])

@@ -1,4 +1,4 @@
-"""Read a Parquet file bit by bit, and write one that is there once it is whole."""
+"""Read a Parquet file in parts, and write one that appears once it is complete."""
 
 import os
 import secrets
@@ -11,20 +11,20 @@ import pyarrow.parquet as pq
 
 from dropserve.app.errors import StartError
 
-# What of a column is read at once.
+# Bytes of a column that are read at once.
 BUFFER_BYTES = 2**18
-# Rows of a group, but for the last: readers like large ones.
+# Rows of a row group, except the last: large ones are fast to read.
 GROUP_ROWS = 8192
 
 
 @contextmanager
 def opened(source: Path) -> Iterator[pq.ParquetFile]:
-    """Open a file to be read.
+    """Open a file for reading.
 
     Raises
     ------
     StartError
-        If it is not to be read, or is no Parquet file.
+        If it cannot be read, or is not a Parquet file.
     """
     try:
         with pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
@@ -36,15 +36,15 @@ def opened(source: Path) -> Iterator[pq.ParquetFile]:
 
 
 def tables(source: Path, rows: range, size: int) -> Iterator[tuple[int, pa.Table]]:
-    """Read some rows of a file: tables of ``size``, and the number of each one's first row.
+    """Read some rows of a file as tables of ``size`` rows, each with the number of its first.
 
     Raises
     ------
     StartError
-        As ``opened`` does.
+        As ``opened``.
     """
     with opened(source) as file:
-        # Rows before the first are read too, from where their group begins.
+        # Reading starts at the row group of the first row.
         numbers: list[int] = []
         stop = at = 0
         for number in range(file.num_row_groups):
@@ -68,12 +68,12 @@ def tables(source: Path, rows: range, size: int) -> Iterator[tuple[int, pa.Table
 
 
 def check_target(source: Path, target: Path) -> Path:
-    """Return what is to be written, whatever links lead there.
+    """Return the path to write, with links resolved.
 
     Raises
     ------
     StartError
-        If it is the source, or no file.
+        If it is the source, or not a file.
     """
     target = target.resolve()
     if target.exists() and not target.is_file():
@@ -84,12 +84,12 @@ def check_target(source: Path, target: Path) -> Path:
 
 
 def write(target: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write tables into a file, which replaces what is there once it is whole.
+    """Write tables into a file, which replaces an older one once it is complete.
 
     Raises
     ------
     StartError
-        If it cannot be written. What was there is as it was.
+        If it cannot be written. An older file is unchanged then.
     """
     beside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     held: list[pa.Table] = []
@@ -110,6 +110,6 @@ def write(target: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
 
 
 def failed(file: Path, what: str, error: OSError) -> StartError:
-    """Say that a file cannot be read or written; Arrow's own text repeats the path."""
+    """Return the error of a file that cannot be read or written."""
     why = os.strerror(error.errno) if error.errno else error
     return StartError(f"{str(file)!r} cannot be {what}: {why}")

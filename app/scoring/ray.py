@@ -13,19 +13,19 @@ from dropserve.app.inference.batch import pieces
 from dropserve.app.scoring.parquet import tables
 from dropserve.app.scoring.scorer import Scorer, Task
 
-# Tables that a process is given at once: to reach them it reads what is before.
+# Tables of one task: to reach them a process reads the rows before them in the row group.
 TABLES_AT_ONCE = 8
 
 
 class RayScorer:
-    """Scores parts of a file in a process of the cluster, which reads them itself."""
+    """Reads and scores parts of a file, in a process of the cluster."""
 
     def __init__(self, source: Path, task: Task) -> None:
         self.source = source
         self.scorer = Scorer(task)
 
     def __call__(self, parts: dict[str, Any]) -> Iterator[pa.Table]:
-        """Score the parts that begin and end at some rows."""
+        """Score the parts from ``start`` to ``stop``."""
         for start, stop in zip(parts["start"], parts["stop"], strict=True):
             for first, table in tables(self.source, range(start, stop), self.scorer.table_rows):
                 yield self.scorer.score(table, first)
@@ -43,7 +43,7 @@ def connect() -> None:
         import ray
     except ModuleNotFoundError:
         raise StartError("--ray needs Ray: install the extra 'ray'") from None
-    # A cluster started here reports to nobody how it is used.
+    # A cluster started here sends no usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
@@ -53,12 +53,12 @@ def connect() -> None:
 
 
 def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.Table]:
-    """Score a file, which all nodes can read, on the cluster; the tables come in order.
+    """Score a file that all nodes can read; return the tables in order.
 
     Raises
     ------
     InputError, StartError
-        As a ``Scorer`` does, or if the cluster fails.
+        As a ``Scorer``, or if the cluster fails.
     """
     import ray
 
@@ -67,13 +67,13 @@ def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.
         return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    # There is one bar, that of the rows written.
+    # The command shows a progress bar of its own.
     context.enable_progress_bars = False
-    # What goes wrong is raised here, too.
+    # Errors are raised here, too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     gpus = int(task.device in ("cuda", "tensorrt"))
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call] # Ray does not type it
-    # A cluster that grows as it is asked may have none yet.
+    # An autoscaling cluster may have none yet.
     most = max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
     found = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         RayScorer,
@@ -86,7 +86,7 @@ def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.
     try:
         yield from found.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayTaskError as error:
-        # What was raised over there.
+        # The original exception.
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise StartError(f"Ray: {str(error).strip().splitlines()[-1]}") from None

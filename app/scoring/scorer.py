@@ -1,8 +1,7 @@
-"""Score tables of rows: train-mode passes of each, and columns of what they say.
+"""Score tables of rows: run train-mode passes of each row, and add columns of their statistics.
 
-A table is read as a part of a file whose rows are, to the masks, the rows of one request: row n of
-the file draws what row n of a request draws. So the numbers are the same however the file is cut,
-and wherever its parts are scored.
+A table is a part of a file. Row n of the file draws the same masks as row n of a request, so the
+numbers do not depend on how the file is cut, or where its parts are scored.
 """
 
 import json
@@ -18,29 +17,30 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
-from dropserve.app.inference import batch
-from dropserve.app.inference.batch import Draw, join_groups
-from dropserve.app.inference.executor import Turns
+from dropserve.app.inference import answers, batch
+from dropserve.app.inference.batch import PassesJob
+from dropserve.app.inference.engine import Engine
 from dropserve.app.inference.providers import Device
-from dropserve.app.inference.registry import Models, load_engines
-from dropserve.app.inference.rows import BEYOND
-from dropserve.app.inference.rows import describe as describe_shape
-from dropserve.app.inference.service import Query, describe
+from dropserve.app.inference.query import Query
+from dropserve.app.inference.registry import find_version, load_engines
+from dropserve.app.inference.rows import BEYOND, describe_shape
+from dropserve.app.inference.runner import as_summary
 from dropserve.app.uncertainty import masks
 from dropserve.app.uncertainty.masks import Kind
+from dropserve.app.uncertainty.summary import join_rows
 from dropserve.export.bundle import Manifest
 
-# The column of a row's numbers, where they are not a column each.
+# The column with all numbers of a row, unless each feature has a column.
 INPUTS = "inputs"
-# Rows, and rows x passes, that are read, scored and written together: a second or two of work.
+# Most rows, and rows x passes, of a table: a second or two of work.
 TABLE_ROWS, TABLE_PASSES = 8192, 819_200
-# Rows of a file; the masks' counter has room for no more.
+# Most rows of a file: the counter of the masks has 32 bits for them.
 MAX_ROWS = 2**32
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of each row, and of which model."""
+    """What to do with each row, and with which model."""
 
     models: Path
     device: Literal["auto"] | Device
@@ -64,25 +64,25 @@ class Scorer:
     """
 
     def __init__(self, task: Task) -> None:
-        models = Models(load_engines(task.models, task.device), Turns())
-        self.model = models.find(task.model, task.version)
-        self.manifest = self.model.manifest
-        # Which model it is, is settled: others are to take the same.
+        engines = load_engines(task.models, task.device)
+        self.engine: Engine = find_version(engines, task.model, task.version)
+        self.manifest = self.engine.manifest
+        # For other processes, to use the same model.
         self.task = replace(task, model=self.manifest.name, version=self.manifest.version)
         self.most = batch.most_at_once(self.manifest.values_per_pass)
         self.table_rows = max(1, min(TABLE_ROWS, TABLE_PASSES // task.passes))
 
     def schema(self, columns: pa.Schema) -> pa.Schema:
-        """Say what the scored table of one with such columns holds, and what it takes to repeat it.
+        """Return the schema of a scored table, with the parameters that reproduce it as metadata.
 
         Raises
         ------
         InputError
-            If a column is missing, or one stands in the way of the answer's.
+            If a column is missing, or has the name of one of the answer's.
         """
         inputs = self.inputs(columns.names)
         kept = [field for field in columns if field.name not in inputs]
-        # Of one pass there is less to say than of two, of which there is as much as of all.
+        # One pass has fewer statistics than two, which have as many as all.
         zeros = np.zeros((1, *self.manifest.input.shape), np.float32)
         answer = self.answer(zeros, 0, min(2, self.task.passes)).schema
         for field in kept:
@@ -95,10 +95,12 @@ class Scorer:
             "masks": self.task.masks,
             "outputs": self.manifest.outputs.labels,
         }
-        return pa.schema([*kept, *answer], {"dropserve": json.dumps(self.model.identity | asked)})
+        return pa.schema(
+            [*kept, *answer], {"dropserve": json.dumps(answers.identity(self.manifest) | asked)}
+        )
 
     def inputs(self, names: Sequence[str]) -> list[str]:
-        """Say which columns hold the rows: ``inputs``, or one for each feature."""
+        """Return the columns that hold the rows: ``inputs``, or one for each feature."""
         for name in names:
             if names.count(name) > 1:
                 raise InputError(name, "there are several columns of this name")
@@ -118,8 +120,8 @@ class Scorer:
         Returns
         -------
         pyarrow.Table
-            The columns that are no inputs, then those of the answer, named as ``/uncertainty``
-            names them: one number, or a list of C numbers, a row.
+            The columns besides the inputs, then those of the answer, named as in ``/uncertainty``:
+            one number, or a list of C numbers, a row.
 
         Raises
         ------
@@ -128,35 +130,34 @@ class Scorer:
         """
         inputs = self.inputs(table.column_names)
         scored = table.drop_columns(inputs)
-        x = read(table.select(inputs), self.manifest, first)
+        x = read_rows(table.select(inputs), self.manifest, first)
         answer = self.answer(x, first, self.task.passes)
         for name in answer.column_names:
             scored = scored.append_column(name, answer[name])
         return scored
 
     def answer(self, x: NDArray[np.float32], first: int, passes: int) -> pa.Table:
-        """Run some passes of rows ``x [B, *shape]``, and say what they say."""
+        """Run passes of rows ``x [B, *shape]``; return their statistics."""
         task = self.task
         stream = masks.stream(task.masks, task.seed, self.manifest.sites, passes)
         groups = []
         for some in batch.pieces(len(x), max(1, self.most // passes)):
             rows = range(first + some.start, first + some.stop)
-            draw = Draw(x[some.start : some.stop], stream, rows, range(passes), task.interval)
-            (group,) = batch.draw(self.model.engine, [draw])
-            if isinstance(group, InputError):
-                raise InputError(f"rows {rows.start} to {rows.stop - 1}", group.message)
-            # Not the samples, since there is a level.
-            assert isinstance(group, tuple)
-            groups.append(group)
-        query = Query(x, task.model, task.version, passes, task.seed, task.interval, task.masks)
-        found = describe(self.model, query, stream, passes, join_groups(groups))
-        interval = found.pop("interval")
+            some_x = x[some.start : some.stop]
+            job = PassesJob(some_x, stream, rows, range(passes), task.interval)
+            (outcome,) = batch.run_passes(self.engine, [job])
+            if isinstance(outcome, InputError):
+                raise InputError(f"rows {rows.start} to {rows.stop - 1}", outcome.message)
+            groups.append(as_summary(outcome))
+        query = Query(x, interval=task.interval)
+        answer = answers.uncertainty(self.manifest, query, task.seed, passes, join_rows(groups))
+        interval = answer.pop("interval")
         assert isinstance(interval, dict)
-        return as_table(found | {bound: interval[bound] for bound in ("lower", "upper")})
+        return as_table(answer | {bound: interval[bound] for bound in ("lower", "upper")})
 
 
 def as_table(answer: dict[str, object]) -> pa.Table:
-    """Make columns of an answer's arrays; what is null of every row is left out."""
+    """Turn the arrays of an answer into columns; other fields are left out."""
     columns: dict[str, pa.Array] = {}
     for name, values in answer.items():
         if isinstance(values, list):
@@ -171,13 +172,13 @@ def as_table(answer: dict[str, object]) -> pa.Table:
     return pa.table(columns)
 
 
-def read(table: pa.Table, manifest: Manifest, first: int) -> NDArray[np.float32]:
-    """Read the columns of the rows as ``[B, *shape]``.
+def read_rows(table: pa.Table, manifest: Manifest, first: int) -> NDArray[np.float32]:
+    """Read rows ``[B, *shape]`` from their columns.
 
     Raises
     ------
     InputError
-        If a value is missing or no number of float32, or a row is not of the model's shape.
+        If a value is missing or not a float32 number, or a row has another shape.
     """
     shape = manifest.input.shape
     x = np.empty((len(table), math.prod(shape)))
@@ -186,7 +187,7 @@ def read(table: pa.Table, manifest: Manifest, first: int) -> NDArray[np.float32]
     else:
         for place, name in enumerate(table.column_names):
             x[:, place] = numbers(table[name].combine_chunks(), name, first, 1)
-    # As of a request: neither NaN nor what would be rounded to infinity.
+    # As in a request: neither NaN nor a number that would be rounded to infinity.
     fine = np.abs(x) < BEYOND
     if not fine.all():
         row, place = np.argwhere(~fine)[0]
@@ -196,14 +197,14 @@ def read(table: pa.Table, manifest: Manifest, first: int) -> NDArray[np.float32]
 
 
 def unnested(column: pa.Array, shape: tuple[int, ...], first: int) -> NDArray[np.float64]:
-    """Read a column whose rows are lists of all numbers, or nested to ``shape``."""
+    """Read a column of lists with all numbers of a row, flat or nested as ``shape``."""
     inner = getattr(column.type, "value_type", None)
     lengths = shape if is_list(inner) else (math.prod(shape),)
     values_a_row = 1
     for length in lengths:
         if not is_list(column.type):
             raise InputError(INPUTS, f"must hold lists of {describe_shape(shape)}")
-        # A list that is missing has no length, which is not the right one either.
+        # A missing list has no length: wrong, too.
         wrong = pc.fill_null(pc.not_equal(pc.list_value_length(column), length), True)
         if pc.any(wrong).as_py():
             row = first + pc.index(wrong, True).as_py() // values_a_row
@@ -214,7 +215,7 @@ def unnested(column: pa.Array, shape: tuple[int, ...], first: int) -> NDArray[np
 
 
 def numbers(values: pa.Array, name: str, first: int, values_a_row: int) -> NDArray[np.float64]:
-    """Read numbers, ``values_a_row`` of each row."""
+    """Read numbers, ``values_a_row`` for each row."""
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise InputError(name, f"must hold numbers, not {kind}")
@@ -225,6 +226,6 @@ def numbers(values: pa.Array, name: str, first: int, values_a_row: int) -> NDArr
 
 
 def is_list(kind: pa.DataType | None) -> bool:
-    """Tell whether values of a type are lists."""
+    """Tell whether a type is one of lists."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return kind is not None and any(test(kind) for test in tests)

@@ -1,9 +1,8 @@
-"""A client's connection, and its limits: length of heads, time for a request to come, number."""
+"""The request side of a connection, and its limits: number, length of heads, time to arrive."""
 
 import os
 import select
 import socket
-import uuid
 from asyncio import AbstractEventLoop, TimerHandle, Transport
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,25 +15,24 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.server import ServerState
 
-from dropserve.app.http import problems, responses
-from dropserve.app.server.protocol import Answering
+from dropserve.app.server.protocol import Application, ResponseProtocol
 
-# So many connections more than allowed may still ask for health.
+# Connections beyond the limit that may still probe the health of the service.
 CROWD = 64
-# How long a refused client may go on sending: closed at once, the kernel would answer what it
-# sends with a reset, which can overtake the reason of the refusal.
+# How long a refused client may go on sending. After an immediate close the kernel would answer it
+# with a reset, which can overtake the refusal.
 LINGER_SECONDS = 1.0
 
 
 class State(ServerState):
-    """What the server and its connections share."""
+    """State that the server and its connections share."""
 
     draining = False
 
 
 def readable(descriptor: int) -> bool:
-    """Tell whether the kernel holds unread bytes, or connections not yet taken, of a socket."""
-    # Not select.select, which takes no descriptor above 1023.
+    """Tell whether the kernel holds unread bytes, or unaccepted connections, of a socket."""
+    # select.select takes no descriptor above 1023.
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
@@ -42,18 +40,18 @@ def readable(descriptor: int) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may hold of a server.
+    """Limits on what clients may hold of a server.
 
     Parameters
     ----------
     connections
-        Most open connections. `CROWD` more are taken for one request each, which the
-        application's ``crowded`` answers if there is such; any further one is aborted.
+        Most open connections. `CROWD` more are accepted for one request each, which the
+        application's ``crowded`` answers; any further one is aborted.
     head_bytes
         Longest request line and headers together.
     receive_seconds
-        Longest that a request's head may take, from its first byte (or from connecting), and
-        then again its body.
+        Longest time for the head of a request to arrive, from its first byte (or from connecting),
+        and again for its body.
     """
 
     connections: int
@@ -61,10 +59,10 @@ class Limits:
     receive_seconds: float
 
 
-class Connection(Answering):
-    """A client's connection to a `Server`, kept to some limits.
+class Connection(ResponseProtocol):
+    """A client's connection to a `Server`, held to limits.
 
-    Requests mostly come whole, in one call of `data_received`: these cost no timer.
+    Most requests arrive whole, in one call of `data_received`; they need no timer.
     """
 
     server_state: State
@@ -76,25 +74,26 @@ class Connection(Answering):
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
         *,
+        application: Application,
         limits: Limits,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state, _loop, application=application)
         self.limits = limits
         self.last = server_state.draining
-        # The scope of the last request whose head is complete, and whether so is its body.
+        # Scope of the last request whose head is complete, and whether its body is complete, too.
         self.headed: object = None
         self.whole = True
         # Whether the request being parsed asks for another protocol.
         self.upgrades = False
-        # Whether what comes is no longer looked at.
+        # Whether further bytes are ignored.
         self.deaf = False
-        # Bytes since the last whole request, or since the last that were part of a body.
+        # Bytes since the last complete request, or the last part of a body.
         self.unused = 0
-        # Runs while a client owes a part of a request, and while a refused one may go on sending.
+        # Runs while a part of a request is missing, and while a refused client may go on sending.
         self.timer: TimerHandle | None = None
 
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # as above it
-        """Take a connection, if there are not too many."""
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """Accept a connection, unless there are too many."""
         super().connection_made(transport)
         above = len(self.connections) - self.limits.connections
         if above > CROWD:
@@ -102,24 +101,24 @@ class Connection(Answering):
             return
         if above > 0:
             self.last = True
-            self.app = getattr(self.app, "crowded", self.app)
-        self.timer = self.loop.call_later(self.limits.receive_seconds, self.late)
+            self.app = self.application.crowded
+        self.timer = self.loop.call_later(self.limits.receive_seconds, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        self.stop_timer()
-        # uvicorn does that only for one that closed without an error.
+        self._stop_timer()
+        # uvicorn does this only for a connection that closed without an error.
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
-    def stop_timer(self) -> None:
-        """Stop to wait for a client."""
+    def _stop_timer(self) -> None:
+        """Stop waiting for the client."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes as they come; in place of uvicorn's, which logs what clients do wrong."""
+        """Parse received bytes; unlike uvicorn, without logging the errors of clients."""
         if self.deaf:
             return
         self.unused += len(data)
@@ -130,39 +129,39 @@ class Connection(Answering):
                     self.parser.feed_data(data)
                     break
                 except httptools.HttpParserUpgrade as upgrade:
-                    data = self.without_upgrade() + data[upgrade.args[0] :]
+                    data = self._without_upgrade() + data[upgrade.args[0] :]
         except httptools.HttpParserError:
-            self.refuse(HTTPStatus.BAD_REQUEST, "the request is not valid HTTP")
+            self._refuse(HTTPStatus.BAD_REQUEST, "the request is not valid HTTP")
             return
         if self.last:
             self.end_after_answer()
         if self.whole and self.scope is self.headed:
-            if self.answering():
+            if self._is_answering():
                 self._unset_keepalive_if_required()
             elif self.last:
                 self.transport.close()
             elif self.timer is None and self.timeout_keep_alive_task is None:
-                # The rest of a body that was answered before it had come: only now it is idle.
+                # The rest of a body whose response was sent before it arrived: idle from now on.
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
             return
         self._unset_keepalive_if_required()
         if self.unused > self.limits.head_bytes:
-            self.refuse_head()
+            self._refuse_head()
         elif self.timer is None:
-            self.timer = self.loop.call_later(self.limits.receive_seconds, self.late)
+            self.timer = self.loop.call_later(self.limits.receive_seconds, self._late)
 
     def on_headers_complete(self) -> None:
-        """Begin to answer a request, if its head is not too long."""
-        # Counted only where it could be: part of it may have come with the request before.
+        """Start on a request, if its head is not too long."""
+        # Measured only where it can be too long: parts may have arrived with the previous request.
         if self.timer is not None or self.unused > self.limits.head_bytes:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > self.limits.head_bytes:
-                self.refuse_head()
-                # Ends the parsing.
+                self._refuse_head()
+                # Ends parsing.
                 raise ValueError
-            self.stop_timer()
+            self._stop_timer()
         super().on_headers_complete()
         if self.upgrades:
             return
@@ -170,14 +169,14 @@ class Connection(Answering):
         self.whole = False
 
     def _should_upgrade(self) -> bool:
-        # Has uvicorn leave the request alone; a CONNECT has no address that it understands.
+        # Makes uvicorn leave the request alone. A CONNECT has no address that it understands.
         self.upgrades = self.parser.get_method() != b"CONNECT"
         return self.upgrades
 
-    def without_upgrade(self) -> bytes:
-        """Write a head again that asked for another protocol, as some do with any request.
+    def _without_upgrade(self) -> bytes:
+        """Return the head of a request without its wish for another protocol.
 
-        The parser would take the body for the other protocol's.
+        Some clients express one with any request, and the parser would not parse the body.
         """
         self.upgrades = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
@@ -185,10 +184,10 @@ class Connection(Answering):
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
 
-    # The next two are uvicorn's but for what is counted, and less its questions about websockets.
+    # The next two: as in uvicorn, plus byte counting, minus WebSocket checks.
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body; what is none, such as trailers, counts like a head."""
+        """Take a part of a body; anything else, such as trailers, counts as head."""
         self.unused = 0
         cycle = self.cycle
         if not cycle.response_complete:
@@ -198,108 +197,105 @@ class Connection(Answering):
             cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        """Note that a request is there as a whole."""
+        """Note that a request is complete."""
         if self.upgrades:
             return
         self.unused = 0
         self.whole = True
         if self.timer is not None:
-            self.stop_timer()
+            self._stop_timer()
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.more_body = False
             cycle.message_event.set()
 
-    def answering(self) -> bool:
-        """Tell whether the last request whose head is complete is still to be answered."""
+    def _is_answering(self) -> bool:
+        """Tell whether the last request with a complete head still lacks its response."""
         return self.headed is not None and not self.cycle.response_complete
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection for being idle, if no part of a request has come meanwhile."""
+        """Close an idle connection, unless part of a request has arrived."""
         self.timeout_keep_alive_task = None
         if self.timer is None:
-            self.leave()
+            self._close_idle()
 
-    def leave(self) -> None:
-        """Close the connection for being idle, unless the kernel holds what is yet to be read.
+    def _close_idle(self) -> None:
+        """Close an idle connection, unless the kernel holds unread bytes of it.
 
-        Where the loop was busy that may be a request that came in time, which would be lost.
+        If the loop was busy, they may be a request that arrived in time, and would be lost.
         """
         descriptor = self.transport.get_extra_info("socket").fileno()
         if self.transport.is_closing() or readable(descriptor):
             return
-        # The loop closes it a turn later, which may be long: its client is to know at once.
+        # The loop closes it one turn later, which may be long; its client should know at once.
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
             own.shutdown(socket.SHUT_WR)
         self.transport.close()
 
-    def late(self) -> None:
-        """End the wait for a part of a request, unless it is this side that keeps it waiting."""
+    def _late(self) -> None:
+        """Stop waiting for a part of a request, unless this side keeps the client waiting."""
         self.timer = None
         if self.scope is None:
-            self.leave()
+            self._close_idle()
         elif self.flow.read_paused or (
             not self.whole
-            and self.answering()
+            and self._is_answering()
             and (self.cycle.response_started or self.cycle.waiting_for_100_continue)
         ):
-            self.timer = self.loop.call_later(self.limits.receive_seconds, self.late)
+            self.timer = self.loop.call_later(self.limits.receive_seconds, self._late)
         else:
             part = "head" if self.whole else "body"
-            self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's {part} did not come in time")
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's {part} did not come in time")
 
-    def refuse_head(self) -> None:
-        """Refuse a request for the length of its head."""
-        self.refuse(
+    def _refuse_head(self) -> None:
+        """Refuse a request whose head is too long."""
+        self._refuse(
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
             f"the request's head is longer than {self.limits.head_bytes} bytes",
         )
 
-    def refuse(self, status: HTTPStatus, detail: str) -> None:
-        """Answer what is wrong with the request being received, and end the connection."""
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Refuse the request being received, and end the connection."""
         if self.deaf:
             return
         self.deaf = True
-        self.stop_timer()
+        self._stop_timer()
         self._unset_keepalive_if_required()
         if not self.whole:
-            # What is wrong is the body of a request that the application has.
+            # The fault is in the body of a request that the application has.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.pipeline:
-                # Those before it are answered, and then the connection is idle.
+                # Earlier requests get their responses, and then the connection is idle.
                 self.pipeline.popleft()
                 return
             if self.cycle.response_started:
                 self.transport.close()
                 return
-        elif self.answering():
-            # It came while the one before it is answered.
+        elif self._is_answering():
+            # It arrived before the response to the previous one.
             self.cycle.keep_alive = False
             return
-        # The application takes note of what it never gets to see.
-        refused = getattr(self.config.loaded_app, "refused", None)
-        name = refused(status) if refused and self.whole else uuid.uuid4().hex
-        answer = problems.problem(problems.Fault(status, detail), name)
-        self.write(responses.named(answer, name), keep_alive=False)
+        response = self.application.malformed(status, detail, has_record=not self.whole)
+        self.write(response, keep_alive=False)
         self.transport.write_eof()
         self.flow.resume_reading()
         self.timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def end_after_answer(self) -> None:
-        """Have the answer that is due, or else the next, say that it is the last."""
+        """Announce in the present response, or else in the next, that it is the last."""
         self.last = True
-        if self.answering() and not self.cycle.response_started:
+        if self._is_answering() and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """Close the connection, once what has come of a request is answered."""
+        """Close the connection, once the response to a request that has arrived is out."""
         unread = readable(self.transport.get_extra_info("socket").fileno())
         if self.scope is self.headed and not unread:
             super().shutdown()
 
 
-def connection_class(limits: Limits) -> type[Connection]:
-    """Return what uvicorn makes a connection with."""
-    # uvicorn does nothing with the class but call it.
-    return cast("type[Connection]", partial(Connection, limits=limits))
+def connection_class(application: Application, limits: Limits) -> type[Connection]:
+    """Return the class that uvicorn makes connections with."""
+    # uvicorn only calls it.
+    return cast("type[Connection]", partial(Connection, application=application, limits=limits))

@@ -1,13 +1,14 @@
-"""How answers go out: each in one write, and refusals of a full queue without a task.
+"""The response side of a connection: one write a response, and load shedding without a task.
 
-Those who are refused would otherwise take the time of those who are answered.
+Refused requests would otherwise take time from the admitted ones.
 """
 
 import random
 from asyncio import AbstractEventLoop, TimerHandle
 from collections.abc import Awaitable
 from functools import partial
-from typing import Any, cast
+from http import HTTPStatus
+from typing import Any, Protocol, cast
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,26 +20,39 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from dropserve.app.http import problems
-from dropserve.app.http.responses import Reply
-from dropserve.app.observability.record import Call
+from dropserve.app.http.messages import PAUSE, Response
 
-# How long nothing is read from a client that was refused for the queue, at most; twice as long each
-# time that it is refused again.
+# Longest pause of reading from a client that was refused for the queue. It doubles with each
+# further refusal, up to a limit.
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0
 
 
+class Application(Protocol):
+    """What the server needs of the application, beside ASGI."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer a request (ASGI)."""
+
+    def shed(self, scope: Scope) -> Response | None:
+        """Return the refusal of a request whose head has arrived, or None to go on with it."""
+
+    def crowded(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer a request on a connection beyond the limit (ASGI)."""
+
+    def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
+        """Return the response to a request that breaks HTTP or a limit of the connection.
+
+        ``has_record`` tells whether the application has seen the head of that request.
+        """
+
+
 def has_length(start: Message) -> bool:
-    """Tell whether the head of an answer says how long the body is."""
+    """Tell whether the head of a response states the length of its body."""
     return b"content-length" in dict(start.get("headers", ()))
 
 
-class Answering(HttpToolsProtocol):
-    """A client's connection, as far as answers are concerned.
-
-    The application may have a method ``at_once``, which takes the scope of a request whose head is
-    there, and returns the reply to one that it has no room for.
-    """
+class ResponseProtocol(HttpToolsProtocol):
+    """A client's connection, as far as responses are concerned."""
 
     def __init__(
         self,
@@ -46,16 +60,19 @@ class Answering(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
+        *,
+        application: Application,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # The head of the answer that is being sent, until it is out.
+        self.application = application
+        # The head of the present response, until it is sent.
         self.start: Message | None = None
-        # Whether the next answer is the last.
+        # Whether the next response is the last.
         self.last = False
-        # Whether the next request is the first of what has just come: others have a task each, so
-        # that the loop does not answer thousands in one turn.
+        # Whether the next request is the first of the bytes just received. Only that one is shed
+        # without a task, so that the loop does not refuse thousands in one turn.
         self.first = False
-        # The next pause after a refusal, at most, and what ends the one that is.
+        # Longest next pause after a refusal, and the end of the present one.
         self.pause_seconds = PAUSE_SECONDS
         self.pause: TimerHandle | None = None
 
@@ -65,26 +82,24 @@ class Answering(HttpToolsProtocol):
             self.pause.cancel()
         super().connection_lost(exc)
 
-    # uvicorn says of what ASGI has in types of its own what starlette says in others.
+    # uvicorn and starlette have different types for the same ASGI.
     def _start_asgi_task(  # type: ignore[override]
         self, cycle: RequestResponseCycle, app: ASGIApp
     ) -> None:
-        """Have the application answer a request, or refuse it without making a task of it."""
-        refusal: Reply | None = None
+        """Have the application answer a request, or shed it without a task."""
+        refusal: Response | None = None
         if self.first and not self.flow.write_paused:
             self.first = False
-            at_once = getattr(app, "at_once", None)
-            refusal = at_once and at_once(cycle.scope)
+            refusal = self.application.shed(cast("Scope", cycle.scope))
         if refusal is None:
             self.start = None
-            begin = partial(self.begin, app, cycle)
-            super()._start_asgi_task(cycle, begin)
+            super()._start_asgi_task(cycle, partial(self._begin, app, cycle))
             return
         if self.last:
             cycle.keep_alive = False
-        self.answer(cycle, refusal)
+        self._respond(cycle, refusal)
 
-    def begin(
+    def _begin(
         self,
         app: ASGIApp,
         cycle: RequestResponseCycle,
@@ -92,18 +107,19 @@ class Answering(HttpToolsProtocol):
         receive: Receive,
         uvicorn_send: Send,
     ) -> Awaitable[None]:
-        """Begin the application's answer to a request."""
-        return app(scope, receive, partial(self.send, cycle, uvicorn_send))
+        """Start the application on a request."""
+        return app(scope, receive, partial(self._send, cycle, uvicorn_send))
 
-    async def send(self, cycle: RequestResponseCycle, uvicorn_send: Send, message: Message) -> None:
-        """Send a part of an answer; head and body together, if it comes whole.
+    async def _send(
+        self, cycle: RequestResponseCycle, uvicorn_send: Send, message: Message
+    ) -> None:
+        """Send a message of a response; head and body together if the body is one message.
 
-        uvicorn would take a system call for each, which together cost more than an answer's
-        matrix products.
+        uvicorn would make a system call for each, which cost more than the matrix products.
         """
         start, self.start = self.start, None
         if message["type"] == "http.response.start":
-            # As ASGI has it, nothing is sent before the first part of the body.
+            # ASGI: nothing is sent before the first part of the body.
             self.start = message
         elif start is None:
             await uvicorn_send(message)
@@ -115,54 +131,54 @@ class Answering(HttpToolsProtocol):
                 await self.flow.drain()
             if not cycle.disconnected:
                 content = message.get("body", b"") if cycle.scope["method"] != "HEAD" else b""
-                self.answer(cycle, Reply(start["status"], content, start["headers"]))
+                self._respond(cycle, Response(start["status"], content, start["headers"]))
 
-    def answer(self, cycle: RequestResponseCycle, answer: Reply) -> None:
-        """Answer a request, and go on with the next."""
+    def _respond(self, cycle: RequestResponseCycle, response: Response) -> None:
+        """Write a complete response, and go on with the next request."""
         if cycle.waiting_for_100_continue:
-            # Whether the body comes after all is the client's choice.
+            # The client may or may not send the body after all.
             cycle.keep_alive = False
-        self.write(answer, keep_alive=cycle.keep_alive)
+        self.write(response, keep_alive=cycle.keep_alive)
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()
 
-    def write(self, answer: Reply, *, keep_alive: bool) -> None:
-        """Write an answer."""
-        parts = [STATUS_LINE[answer.status]]
-        for headers in (self.server_state.default_headers, answer.headers):
+    def write(self, response: Response, *, keep_alive: bool) -> None:
+        """Write a response."""
+        parts = [STATUS_LINE[response.status]]
+        for headers in (self.server_state.default_headers, response.headers):
             for name, value in headers:
                 parts += (name, b": ", value, b"\r\n")
         if not keep_alive:
             parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", answer.content)
+        parts += (b"\r\n", response.content)
         self.transport.write(b"".join(parts))
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; after a refusal for the queue, in a while."""
+        """Go on with the next request; after a refusal for the queue, after a pause."""
         was_newest = not self.pipeline
         super().on_response_complete()
         if was_newest:
-            self.rest(cast("dict[str, Any]", self.cycle.scope).get(problems.CALL))
+            self._pause_if(cast("dict[str, Any]", self.cycle.scope).get(PAUSE, False))
 
-    def rest(self, call: Call | None) -> None:
-        """Read nothing for a while from a client that was refused for the queue."""
-        if call is None or call.rejected != "queue":
+    def _pause_if(self, refused: bool) -> None:
+        """Stop reading for a while from a client that was refused for the queue."""
+        if not refused:
             self.pause_seconds = PAUSE_SECONDS
             return
         if self.transport.is_closing():
             return
         self.flow.pause_reading()
         if self.pause is None:
-            # By chance, so that those who were refused together do not come back together.
+            # Random, so that clients refused together do not return together.
             seconds = random.uniform(self.pause_seconds / 2, self.pause_seconds)
             self.pause_seconds = min(LONGEST_PAUSE_SECONDS, 2 * self.pause_seconds)
-            self.pause = self.loop.call_later(seconds, self.end_pause)
+            self.pause = self.loop.call_later(seconds, self._end_pause)
 
-    def end_pause(self) -> None:
-        """Read on, unless something else is in the way of that."""
+    def _end_pause(self) -> None:
+        """Resume reading, unless there is another reason not to."""
         self.pause = None
         if not self.pipeline and len(self.cycle.body) <= HIGH_WATER_LIMIT:
             self.flow.resume_reading()

@@ -1,4 +1,4 @@
-"""Split-conformal prediction: sets and intervals that hold the truth as often as they say.
+"""Split-conformal prediction: sets and intervals that contain the truth as often as stated.
 
 The bundle has the scores of n held-out rows, to which nothing was fitted (``export/conformal.py``).
 Of n + 1 rows that are alike, the new one's score is no greater than the k-th least of the others'
@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
-from dropserve.app.inference import batch
-from dropserve.app.inference.batch import Statistics
 from dropserve.app.uncertainty.statistics import Spreads
+from dropserve.app.uncertainty.summary import Summary, to_float32
 from dropserve.export.bundle import Manifest
 
 
 def check(manifest: Manifest, coverage: float) -> None:
-    """Raise InputError where the bundle's scores cannot tell of such a coverage."""
+    """Raise InputError if the bundle has too few scores for a coverage, or none."""
     if manifest.conformal_scores is None:
         raise InputError("coverage", "this version's bundle holds no scores; export it anew")
     n = len(manifest.conformal_scores[0])
@@ -38,25 +37,25 @@ def check(manifest: Manifest, coverage: float) -> None:
 
 def rank(n: int, coverage: float) -> int:
     """Return which of ``n`` ascending scores bounds the rest, counted from 1."""
-    # What is whole but for rounding is not to be rounded up.
+    # A whole number, but for rounding errors, must not be rounded up.
     return max(1, math.ceil(round((n + 1) * coverage, 9)))
 
 
 def thresholds(manifest: Manifest, coverage: float) -> NDArray[np.float64]:
-    """Return the greatest score that is covered: one for all classes, or ``[C]``."""
+    """Return the greatest covered score: a single one for all classes, or ``[C]``."""
     scores = manifest.conformal_scores
     assert scores is not None  # checked
     place = rank(len(scores[0]), coverage) - 1
     return np.array([each[place] for each in scores])
 
 
-def describe(manifest: Manifest, coverage: float, statistics: Statistics) -> dict[str, object]:
-    """Name what holds the truth with such a probability.
+def prediction_region(manifest: Manifest, coverage: float, summary: Summary) -> dict[str, object]:
+    """Return the set or interval that contains the truth with probability ``coverage``.
 
-    For classes ``prediction_set``, for each row the labels whose score, 1 - mean, is covered, and
-    the likeliest in any case; for values ``prediction_interval``, mean -+ threshold x total_std.
+    For classes ``prediction_set``: for each row the labels whose score, 1 - mean, is covered, and
+    always the likeliest. For values ``prediction_interval``: mean -+ threshold x total_std.
     """
-    moments, _, parts = statistics
+    moments, _, parts = summary
     greatest = thresholds(manifest, coverage)
     if not isinstance(parts, Spreads):
         covered = 1 - moments.mean.astype(np.float64) <= greatest[0]
@@ -65,5 +64,5 @@ def describe(manifest: Manifest, coverage: float, statistics: Statistics) -> dic
         sets = [[labels[place] for place in np.flatnonzero(row)] for row in covered]
         return {"prediction_set": sets}
     margin = greatest * parts.total_std
-    lower, upper = batch.in_reach(manifest, moments.mean - margin, moments.mean + margin)
+    lower, upper = to_float32(manifest, moments.mean - margin, moments.mean + margin)
     return {"prediction_interval": {"coverage": coverage, "lower": lower, "upper": upper}}

@@ -1,25 +1,24 @@
-"""Masks from a counter-based generator: the same for a seed wherever and beside whatever they run.
+"""Dropout masks from a counter-based generator: a seed gives the same masks everywhere.
 
 The generator is AES-128 in counter mode (Salmon et al. 2011, Parallel Random Numbers: As Easy as
 1, 2, 3). The key is the seed; the counter of a 16-byte block is
 
     row in its request (32 bits) | stream (32 bits) | block of the row's stream (64 bits)
 
-and every drawn number takes 16 bits. There are two ways to make masks of them.
+and every drawn number takes 16 bits. There are two ways to turn numbers into masks.
 
-``independent``: a stream for each site, a number for each unit and pass. A pass takes the whole
-blocks that its units need, so the first 50 passes are the same whether 50 or 100 are asked for. A
-unit is kept where its number is at least ``p * 65536`` rounded: p is met within 2^-17.
+``independent``: one stream for each site, one number for each unit and pass. A pass takes as many
+whole blocks as its units need, so the first 50 of 100 passes are the same as 50. A unit is kept if
+its number is at least ``p * 65536`` rounded: p is met within 2^-17.
 
 ``stratified``: passes come in replicates of equal length n, ten to twenty. Within a replicate a
-unit is kept in (1-p)n of the passes: in just so many where that is a whole number, else in one of
-the two numbers next to it, at random and right on average. That is what a Latin hypercube over the
-n uniforms of a unit gives (McKay, Beckman and Conover 1979; Stein 1987), units and replicates
-independent of each other; what the masks do to an output one by one cancels, and only what they do
-in concert is left to chance. Passes that are left over make a shorter replicate of their own, so
-the first passes of more are the same up to whole replicates. Every pass alone is an ordinary draw:
-p is met within 2^-15. One stream serves all sites, a number for each unit and replicate: it picks
-the column of n bits.
+unit is kept in (1-p)n of the passes. If that is not a whole number, one of the two next to it is
+taken at random, right on average. This is a Latin hypercube over the n uniforms of a unit (McKay,
+Beckman and Conover 1979; Stein 1987), with independent units and replicates: the main effects of
+the masks on an output cancel, and only their interactions are left to chance. Left-over passes form
+a shorter replicate of their own, so the first passes are the same for any number of passes, up to
+whole replicates. Each pass by itself is an ordinary draw: p is met within 2^-15. One stream serves
+all sites, with one number for each unit and replicate: it picks the unit's column of n bits.
 """
 
 import math
@@ -40,8 +39,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 BLOCK = 16  # bytes
 NUMBERS_A_BLOCK = BLOCK // 2
 LEVELS = 2**16
-# Passes of a replicate. Short ones tell the standard error well; at least ten, since what masks do
-# in concert grows by 1 / (n - 1).
+# Passes of a replicate. Short replicates give a good estimate of the standard error; at least ten,
+# since the variance of interactions grows by 1 / (n - 1).
 REPLICATE_PASSES = range(10, 21)
 
 
@@ -56,7 +55,7 @@ class MaskStream:
         The dropout sites, in the manifest's order.
     """
 
-    # Passes that are drawn together; each on its own.
+    # Number of passes drawn together.
     replicate = 1
 
     def __init__(self, seed: int, sites: Sequence[DropoutSite]) -> None:
@@ -71,15 +70,15 @@ class MaskStream:
         Parameters
         ----------
         rows
-            Places of the rows in their request.
+            Indices of the rows in their request.
         passes
-            Numbers of the passes.
+            Indices of the passes.
 
         Returns
         -------
         dict
-            By mask input: ``[N, *mask_shape]``, N = rows x passes, the passes of a row together;
-            True where a unit is kept.
+            By mask input: ``[N, *mask_shape]``, N = rows x passes, the passes of a row together.
+            True: the unit is kept.
         """
         return {
             site.mask_input: self.draw_site(number, site, rows, passes)
@@ -91,13 +90,13 @@ class MaskStream:
     ) -> NDArray[np.bool_]:
         """Draw the masks ``[N, *mask_shape]`` of one site."""
         drawn = self.numbers(number, rows, passes, math.prod(site.mask_shape))
-        # With p next to 1 the threshold would be out of reach of 16 bits.
+        # For p close to 1 the threshold must stay within 16 bits.
         threshold = min(round(site.p * LEVELS), LEVELS - 1)
         kept = drawn >= threshold
         return kept.reshape(-1, *site.mask_shape)
 
     def numbers(self, stream: int, rows: range, turns: range, each: int) -> NDArray[np.uint16]:
-        """Draw ``each`` numbers in each turn: ``[rows x turns, each]``, a row's turns together."""
+        """Draw numbers ``[rows x turns, each]``, the turns of a row together."""
         blocks = -(-each // NUMBERS_A_BLOCK)
         size = len(turns) * blocks * BLOCK  # of a row's stream
         content = np.empty((len(rows), size), np.uint8)
@@ -110,14 +109,14 @@ class MaskStream:
 
 
 class StratifiedStream(MaskStream):
-    """The stratified masks of some passes; see the module.
+    """The stratified masks of one seed; see the module.
 
     Parameters
     ----------
     seed, sites
-        As of a ``MaskStream``.
+        As in ``MaskStream``.
     passes
-        How many there are at most, which settles where a shorter replicate stands.
+        Most passes, which determine the position of the shorter replicate.
     """
 
     def __init__(self, seed: int, sites: Sequence[DropoutSite], passes: int) -> None:
@@ -125,11 +124,11 @@ class StratifiedStream(MaskStream):
         self.ps = tuple(site.p for site in sites)
         self.units = tuple(math.prod(site.mask_shape) for site in sites)
         self.replicate = replicate_length(self.ps)
-        # Where the shorter replicate begins and ends.
+        # Where the shorter replicate begins, and where it ends.
         self.whole, self.passes = passes - passes % self.replicate, passes
 
     def draw(self, rows: range, passes: range) -> dict[str, NDArray[np.bool_]]:
-        """Draw the masks of some passes of some rows; see ``MaskStream.draw``."""
+        """Draw masks; see ``MaskStream.draw``."""
         if passes.stop <= self.whole:
             return self.draw_replicates(rows, passes, 0, self.replicate)
         last = range(max(passes.start, self.whole), passes.stop)
@@ -152,7 +151,7 @@ class StratifiedStream(MaskStream):
     def draw_replicates(
         self, rows: range, passes: range, start: int, length: int
     ) -> dict[str, NDArray[np.bool_]]:
-        """Draw passes of replicates of some ``length``, the first of which is at pass ``start``."""
+        """Draw passes from replicates of some length, the first of which begins at ``start``."""
         plan = planned(self.ps, self.units, length)
         before = start // self.replicate
         turns = range(
@@ -164,7 +163,7 @@ class StratifiedStream(MaskStream):
         else:
             parts = [pool.take(drawn[:, first:end]) for pool, first, end in plan.spans]
             columns = np.concatenate(parts, axis=1)
-        # Pass by pass, as numpy is fast along long rows.
+        # Passes first: numpy is fast along long rows.
         picked = columns & plan.bits  # [n, rows x turns, units of all sites]
         whole = len(turns) * length == len(passes)
         masks = {}
@@ -180,19 +179,19 @@ class StratifiedStream(MaskStream):
 
 
 class Plan(NamedTuple):
-    """How replicates of n passes of some sites are drawn.
+    """Plan for drawing replicates of n passes.
 
     Parameters
     ----------
     bits
         The bit of each pass, ``[n, 1, 1]``.
     units
-        Of all sites.
+        Number of units of all sites.
     places
-        Where the units of each site begin and end among them.
+        First and last unit of each site.
     spans
-        The columns to draw from, and where the units begin and end that draw from them:
-        neighbouring sites of the same p together.
+        Columns to draw from, with the first and last unit that draws from them; neighbouring sites
+        with the same p share a span.
     """
 
     bits: NDArray[np.unsignedinteger]
@@ -203,7 +202,7 @@ class Plan(NamedTuple):
 
 @lru_cache
 def planned(ps: tuple[float, ...], units: tuple[int, ...], length: int) -> Plan:
-    """Plan replicates of so many passes, of sites of some ``ps`` and ``units``."""
+    """Plan replicates of ``length`` passes, for sites with rates ``ps`` and sizes ``units``."""
     bits = 1 << np.arange(length).reshape(-1, 1, 1)
     spans, end = [], 0
     for p, alike in groupby(zip(ps, units, strict=True), lambda pair: pair[0]):
@@ -214,7 +213,7 @@ def planned(ps: tuple[float, ...], units: tuple[int, ...], length: int) -> Plan:
 
 
 def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite], passes: int) -> MaskStream:
-    """Return the masks of a kind, of so many passes at most."""
+    """Return the masks of a kind, for at most ``passes`` passes."""
     if kind == "stratified":
         return StratifiedStream(seed, sites, passes)
     return MaskStream(seed, sites)
@@ -222,31 +221,31 @@ def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite], passes: int) -> 
 
 @lru_cache
 def replicate_length(ps: tuple[float, ...]) -> int:
-    """Return the length of a replicate for which as little as can be is left to rounding.
+    """Return the length of a replicate that leaves the least variance to rounding.
 
-    What is left of the variance of a unit's count, n p (1-p), is f (1-f) where f is the fraction of
-    (1-p) n.
+    Of the variance of a unit's count, n p (1-p), f (1-f) is left, where f is the fraction of (1-p)
+    n.
     """
 
     def left(n: int) -> float:
         return sum(rounding(p * n) / (p * (1 - p) * n) for p in set(ps) if p > 0)
 
-    # As decimal fractions of which p is one leave nothing but rounding of their own.
+    # Rounded, since a decimal fraction such as p leaves rounding errors of its own.
     return min(REPLICATE_PASSES, key=lambda n: round(left(n), 9))
 
 
 def rounding(count: float) -> float:
-    """Return the variance of a number that is rounded up or down at random, right on average."""
+    """Return the variance of a number rounded up or down at random, right on average."""
     fraction = count % 1
     return fraction * (1 - fraction)
 
 
 @lru_cache
 def pool(p: float, length: int) -> NDArray[np.unsignedinteger]:
-    """Return ``LEVELS`` columns of ``length`` bits, which drawn alike keep a unit with 1 - p.
+    """Return ``LEVELS`` columns of ``length`` bits; one drawn uniformly keeps a unit with 1 - p.
 
-    Columns with the same number of bits are of all such columns every so-many-th, each with all its
-    rotations: so every pass keeps the same share.
+    Columns with the same number of ones are spread evenly over all such columns, each with all its
+    rotations, so every pass keeps the same share.
     """
     exact = (1 - p) * length
     low = math.floor(exact)
@@ -258,17 +257,17 @@ def pool(p: float, length: int) -> NDArray[np.unsignedinteger]:
 
 
 def column_type(length: int) -> type[np.uint16 | np.uint32]:
-    """Return what holds so many bits."""
+    """Return the integer type for columns of ``length`` bits."""
     return np.uint16 if length <= 16 else np.uint32
 
 
 def rotated(ones: int, count: int, length: int) -> NDArray[np.uint32]:
-    """Return ``count`` columns of ``length`` bits, so many of them ones; all bits alike often."""
+    """Return ``count`` columns of ``length`` bits with ``ones`` ones; every bit equally often."""
     numbers = np.arange(2**length, dtype=np.uint32)
     there = numbers[np.bitwise_count(numbers) == ones]
     full, more = divmod(count, length)
     picked = there[np.arange(full) * len(there) // max(1, full)]
     around = [((picked << s) | (picked >> (length - s))) & numbers[-1] for s in range(length)]
-    # The ones of those that make no full turn follow each other, round and round.
+    # Columns short of a full rotation: their ones follow each other around.
     rest = [sum(1 << (k % length) for k in range(n * ones, (n + 1) * ones)) for n in range(more)]
     return np.concatenate([*around, np.array(rest, np.uint32)])

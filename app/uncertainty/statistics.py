@@ -1,7 +1,7 @@
-"""Statistics of Monte Carlo passes: arithmetic on arrays, nothing else.
+"""Statistics of Monte Carlo passes: arithmetic on arrays.
 
-``samples [T, B, C]`` are the outputs of T passes: class probabilities, or values. Any memory order
-will do; the fast one is that of ``by_pass``.
+``samples [T, B, C]`` are the outputs of T passes: class probabilities or values. Any memory order
+works; that of ``by_pass`` is fast.
 
 References
 ----------
@@ -26,25 +26,25 @@ from numpy.typing import NDArray
 
 Samples = NDArray[np.float32]
 Floats = NDArray[np.float64]
-# Computed as float64; float32 once ``join`` has put it together.
+# Computed as float64; float32 after ``join``.
 Statistic = NDArray[np.float32] | NDArray[np.float64]
 
 # A standard error below what another order of additions changes says nothing.
 ROUNDING = 1e-5
 EPSILON = float(np.finfo(np.float32).eps)
-# Keeps 0 from being divided by, and from the logarithm. No float32 but 0 and subnormals is less.
+# Lower bound for divisors and arguments of the logarithm: the smallest normal float32.
 TINY = float(np.finfo(np.float32).tiny)
-# The quantiles of a mixture are searched until a step is less than so many standard deviations of
-# the noise: Newton's next would be of its square. Steps that halve what is left are fewer than 60
-# even where passes lie 2^50 of them apart.
+# The search for the quantile of a mixture ends with a step below so many standard deviations of the
+# noise; the next Newton step would be about its square. Bisection takes fewer than 60 steps even if
+# passes are 2^50 standard deviations apart.
 CLOSE, MOST_STEPS = 1e-3, 60
-# Steps of the table of the normal distribution function in a standard deviation, and its end.
+# Table of the normal distribution function: steps for each standard deviation, and its end.
 NORMAL_STEPS, NORMAL_END = 512, 38
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the passes say of each output, ``[B, C]`` each."""
+    """Moments of the passes for each output, ``[B, C]`` each."""
 
     mean: Statistic
     std: Statistic
@@ -53,7 +53,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Interval:
-    """The ends of an interval of each output, ``[B, C]`` each."""
+    """Bounds of an interval for each output, ``[B, C]`` each."""
 
     lower: Statistic
     upper: Statistic
@@ -61,7 +61,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spreads:
-    """What the passes say of a value, ``[B, C]`` each, in the target's units."""
+    """Epistemic and aleatoric spread of a value, ``[B, C]`` each, in the target's units."""
 
     epistemic_std: Statistic
     aleatoric_std: Statistic
@@ -70,7 +70,7 @@ class Spreads:
 
 @dataclass(frozen=True)
 class Entropies:
-    """What the passes say of the class, ``[B]`` each; entropies in nats."""
+    """Uncertainty about the class, ``[B]`` each; entropies in nats."""
 
     predictive_entropy: Statistic
     expected_entropy: Statistic
@@ -78,36 +78,25 @@ class Entropies:
     variation_ratio: Statistic
 
 
-Summary = TypeVar("Summary", bound=Moments | Interval | Spreads | Entropies)
+Group = TypeVar("Group", bound=Moments | Interval | Spreads | Entropies)
 
 
 def by_pass(outputs: NDArray[np.float32], passes: int) -> Samples:
-    """View outputs ``[N, C]``, the passes of a row together, as samples ``[T, B, C]``."""
+    """Return outputs ``[N, C]``, with the passes of a row together, as samples ``[T, B, C]``."""
     return side_by_side(outputs.reshape(-1, passes, outputs.shape[-1]).swapaxes(0, 1))
 
 
 def side_by_side(samples: Samples) -> Samples:
-    """Put the passes of an output side by side in memory, since statistics run along them."""
+    """Make the passes of an output contiguous in memory, since statistics run along them."""
     return np.ascontiguousarray(samples.transpose(1, 2, 0)).transpose(2, 0, 1)
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn logits ``[..., C]`` into probabilities."""
-    # The ufuncs themselves: an array's methods take longer than the work, for a single row.
-    # Logits further apart than float32 reaches are as good as infinitely far: their exp is 0.
-    with np.errstate(over="ignore"):
-        probabilities: NDArray[np.float32] = logits - np.maximum.reduce(logits, -1, keepdims=True)
-    np.exp(probabilities, out=probabilities)
-    probabilities /= np.add.reduce(probabilities, -1, keepdims=True)
-    return probabilities
-
-
 def moments(samples: Samples, replicate: int = 1) -> Moments:
-    """Summarise ``samples [T, B, C]``, of which each ``replicate`` were drawn together.
+    """Return the moments of ``samples [T, B, C]``, drawn ``replicate`` passes at a time.
 
-    ``std`` is the sample standard deviation s (divisor T - 1; of a single pass it is 0), and
-    ``standard_error`` is that of the mean: s / sqrt(T) where each pass was drawn on its own, else
-    see ``replicated_error``; of a single pass it is not known: NaN.
+    ``std`` is the sample standard deviation s (divisor T - 1; 0 for a single pass).
+    ``standard_error`` is that of the mean: s / sqrt(T) for independent passes, else see
+    ``replicated_error``; NaN for a single pass.
     """
     passes = len(samples)
     values = samples.astype(np.float64)
@@ -124,38 +113,38 @@ def moments(samples: Samples, replicate: int = 1) -> Moments:
 
 
 def replicate_sums(deviations: Floats, replicate: int) -> Floats:
-    """Add up the deviations ``[T, B, C]`` within each replicate: ``[R, B, C]``."""
+    """Sum the deviations ``[T, B, C]`` within each replicate: ``[R, B, C]``."""
     return np.add.reduceat(deviations, np.arange(0, len(deviations), replicate))
 
 
 def replicated_error(
     sums: Floats, mean: Floats, std: Floats, passes: int, replicate: int
 ) -> Floats:
-    """Estimate the standard error of a mean of passes that were drawn ``replicate`` at a time.
+    """Estimate the standard error of the mean of passes drawn ``replicate`` at a time.
 
-    Passes of a replicate are not independent of each other, so s / sqrt(T) is not the standard
-    error; but the R replicates are (McKay, Beckman and Conover 1979; Owen 1992). With deviation d_r
-    of the mean of replicate r, of n_r passes, from the mean of all, it is
+    The passes of a replicate depend on each other, so s / sqrt(T) is not the standard error; but
+    the R replicates are independent (McKay, Beckman and Conover 1979; Owen 1992). With d_r, the
+    deviation of the mean of replicate r, of n_r passes, from the mean of all, the standard error is
 
         sqrt(sum_r n_r d_r^2 / (R - 3) / T)
 
-    Divided by R - 1 the sum would be right on average. Few replicates tell it roughly, and the
-    error of the mean in units of it follows Student's t of R - 1 degrees of freedom, whose variance
-    is (R - 1) / (R - 3): so divided, units of it mean what one expects of a standard error.
+    With the divisor R - 1 the sum would be unbiased. But with few replicates the error of the mean
+    in units of it follows Student's t with R - 1 degrees of freedom, whose variance is (R - 1) / (R
+    - 3). With R - 3, units of it mean what one expects of a standard error.
 
-    Three replicates cannot tell. Stratified masks raise the variance of no replicate's mean by more
-    than n / (n - 1), so then it is what independent masks have, with what that makes of all passes.
+    Three replicates are too few. Stratified masks raise the variance of a replicate's mean by at
+    most n / (n - 1), so the bound for independent masks, raised by as much, takes its place.
 
     Parameters
     ----------
     sums
-        Of the deviations from the mean within each replicate, n_r d_r: ``[R, B, C]``.
+        Sums of the deviations from the mean within each replicate, n_r d_r: ``[R, B, C]``.
     mean, std
-        Of the passes, ``[B, C]``.
+        Moments of the passes, ``[B, C]``.
     passes
         T.
     replicate
-        Passes of a replicate; the last one may be shorter.
+        Passes of a replicate; the last may be shorter.
     """
     replicates = len(sums)
     last = passes - (replicates - 1) * replicate
@@ -168,7 +157,7 @@ def replicated_error(
     squares = sums * sums / replicate
     squares[-1] *= replicate / last
     error = np.sqrt(np.add.reduce(squares) / ((replicates - 3) * passes))
-    # Where an output is linear in the masks, nothing is left but the rounding of its passes.
+    # If an output is linear in the masks, only the rounding of its passes is left.
     rounding = EPSILON * np.hypot(mean, std)
     floored: Floats = np.maximum(error, np.minimum(rounding, bound))
     return floored
@@ -176,7 +165,7 @@ def replicated_error(
 
 def passes_interval(samples: Samples, level: float) -> Interval:
     """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of the passes ``[T, B, C]``."""
-    # Cheaper than numpy's quantile, which partitions, and as float64.
+    # Cheaper than numpy's quantile, which partitions in float64.
     ordered = np.sort(samples, axis=0)
     return Interval(quantile(ordered, (1 - level) / 2), quantile(ordered, (1 + level) / 2))
 
@@ -188,7 +177,7 @@ def quantile(ordered: Samples, share: float) -> Floats:
     """
     place = share * (len(ordered) - 1)
     below = int(place)
-    # As float64, so that the sum is one, too.
+    # float64, so that the sum is, too.
     part = np.float64(place - below)
     between: Floats = ordered[below] * (1 - part)
     if part > 0:
@@ -199,11 +188,11 @@ def quantile(ordered: Samples, share: float) -> Floats:
 def mixture_interval(
     samples: Samples, noise_std: Floats, total_std: Statistic, level: float
 ) -> Interval:
-    """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of what is predicted.
+    """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of the predictive distribution.
 
-    That is the mixture ``1/T sum_t N(f_t, noise_std^2)`` (Gal and Ghahramani 2016, appendix, eq.
-    8): its quantile q solves ``1/T sum_t Phi((q - f_t) / noise_std) = share``. It lies between the
-    least and the greatest quantile of a single component, and is found by Newton's method, safe by
+    It is the mixture ``1/T sum_t N(f_t, noise_std^2)`` (Gal and Ghahramani 2016, appendix, eq.
+    8). Its quantile q solves ``1/T sum_t Phi((q - f_t) / noise_std) = share``. It lies between the
+    least and the greatest quantile of a component, and is found by Newton's method, safeguarded by
     bisection (Press et al. 1992, Numerical Recipes, section 9.4).
 
     Parameters
@@ -213,19 +202,18 @@ def mixture_interval(
     noise_std
         ``[C]`` or ``[T, B, C]``.
     total_std
-        Of the mixture, ``[B, C]``.
+        Standard deviation of the mixture, ``[B, C]``.
     level
-        Of the interval.
+        Level of the interval.
     """
     passes = len(samples)
     share = (1 - level) / 2
-    # The upper quantile is the lower one of the values' negatives, where small shares keep their
-    # digits.
+    # The upper quantile is the lower one of the negated values: small shares keep their digits.
     values = np.stack([samples, -samples]).astype(np.float64)  # [2, T, B, C]
     tail = NormalDist().inv_cdf(share)
     ends = values + noise_std * tail
     low, high = np.minimum.reduce(ends, 1), np.maximum.reduce(ends, 1)  # [2, B, C]
-    # As if the mixture were a normal distribution, too; mostly it nearly is.
+    # Start as if the mixture were normal, which it nearly is in most cases.
     place = np.add.reduce(values, 1) / passes + tail * total_std
     close = CLOSE * (noise_std if noise_std.ndim == 1 else np.minimum.reduce(noise_std))
     step = high - low
@@ -236,7 +224,7 @@ def mixture_interval(
         density /= noise_std
         slope = np.add.reduce(density, 1) / passes
         low, high = np.where(excess < 0, place, low), np.where(excess < 0, high, place)
-        # Steps that do not halve would go round and round, those out of bounds astray.
+        # A Newton step must halve the previous one and stay within the bounds.
         steep = 2 * np.abs(excess) < step * slope
         found = place - np.divide(excess, slope, out=np.zeros_like(slope), where=steep)
         good = steep & (found >= low) & (found <= high)
@@ -245,15 +233,15 @@ def mixture_interval(
         place = found
         if np.logical_and.reduce(step <= close, None):
             break
-    # Of a level next to nothing they are as near to each other as they are to the quantiles.
+    # At tiny levels the bounds may cross; order them.
     return Interval(np.minimum(place[0], -place[1]), np.maximum(place[0], -place[1]))
 
 
 def normal_share(z: Floats, density: Floats) -> Floats:
-    """Return the standard normal distribution function, given its density at the same places.
+    """Return the standard normal distribution function at ``z``, given its density there.
 
-    From the nearest entry of a table along the tangent: right within 2e-6 of itself down to -2, and
-    within z^2 times 5e-7 of it below.
+    Along the tangent from the nearest entry of a table. Relative error: 2e-6 down to z = -2, and
+    z^2 times 5e-7 below.
     """
     steps = np.rint(np.clip(z, -NORMAL_END, NORMAL_END) * NORMAL_STEPS)
     found = normal_table().take(steps.astype(np.int64) + NORMAL_END * NORMAL_STEPS)
@@ -263,28 +251,28 @@ def normal_share(z: Floats, density: Floats) -> Floats:
 
 @lru_cache
 def normal_table() -> Floats:
-    """Return the standard normal distribution function at the places of the table."""
+    """Return the table of the standard normal distribution function."""
     most = NORMAL_END * NORMAL_STEPS
     scale = -math.sqrt(0.5) / NORMAL_STEPS
     return np.array([0.5 * math.erfc(scale * place) for place in range(-most, most + 1)])
 
 
 def entropies(samples: Samples) -> Entropies:
-    """Summarise class probabilities ``[T, B, C]``.
+    """Return the entropies of class probabilities ``[T, B, C]``.
 
-    - ``predictive_entropy``: H[mean over passes], all the uncertainty (Gal 2016, eq. 3.20).
-    - ``expected_entropy``: mean over passes of H, the data's part (aleatoric).
-    - ``mutual_information``: their difference, the model's part (epistemic); Houlsby et al. 2011,
-      eq. 2. Never negative, since entropy is concave.
+    - ``predictive_entropy``: H[mean over passes], the total uncertainty (Gal 2016, eq. 3.20).
+    - ``expected_entropy``: mean over passes of H, the aleatoric part (the data's).
+    - ``mutual_information``: their difference, the epistemic part (the model's); Houlsby et al.
+      2011, eq. 2. Never negative, since entropy is concave.
     - ``variation_ratio``: share of the passes whose class is not the commonest one (Gal 2016,
       eq. 3.19).
     """
     passes, rows, classes = samples.shape
     values = samples.astype(np.float64)
     predictive = entropy(np.add.reduce(values) / passes)
-    # Rounding can put a mean of equal entropies a hair above the entropy of their mean.
+    # By rounding, the mean of equal entropies can exceed the entropy of their mean.
     expected = np.minimum(np.add.reduce(entropy(values)) / passes, predictive)
-    winners = samples.argmax(axis=2) + np.arange(rows) * classes  # [T, B], a number for each
+    winners = samples.argmax(axis=2) + np.arange(rows) * classes  # [T, B], unique over rows
     votes = np.bincount(winners.ravel(), minlength=rows * classes).reshape(rows, classes)
     return Entropies(
         predictive_entropy=predictive,
@@ -295,16 +283,16 @@ def entropies(samples: Samples) -> Entropies:
 
 
 def spreads(m: Moments, noise_std: Floats) -> Spreads:
-    """Split the spread of a value into the model's part and the data's.
+    """Split the spread of a value into its epistemic and its aleatoric part.
 
-    The predictive variance is that of the passes (epistemic) plus that of the observation noise,
-    tau^-1 (aleatoric): Gal and Ghahramani 2016, eq. 7. Where the passes differ in their noise, it
-    is its mean: Kendall and Gal 2017, eq. 9.
+    The predictive variance is the variance of the passes (epistemic) plus that of the observation
+    noise, tau^-1 (aleatoric): Gal and Ghahramani 2016, eq. 7. If the noise differs between passes,
+    its mean is taken: Kendall and Gal 2017, eq. 9.
 
     Parameters
     ----------
     m
-        Of the passes.
+        Moments of the passes.
     noise_std
         ``[C]`` or ``[T, B, C]``.
     """
@@ -319,7 +307,7 @@ def entropy(probabilities: Floats) -> Floats:
     """Return ``-sum p log p`` over the last axis, in nats; 0 log 0 is 0."""
     terms = np.log(np.maximum(probabilities, TINY))
     terms *= probabilities
-    # Taken from 0, 0 stays 0 and does not become -0.
+    # Subtracting from 0 avoids -0.
     return 0.0 - np.asarray(np.add.reduce(terms, -1))
 
 
@@ -334,13 +322,13 @@ def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
     return gap
 
 
-def take(summary: Summary, rows: slice) -> Summary:
-    """Take the summary of some rows out of that of more."""
-    return type(summary)(*[column[rows] for column in vars(summary).values()])
+def take(group: Group, rows: slice) -> Group:
+    """Return the statistics of some of the rows."""
+    return type(group)(*[column[rows] for column in vars(group).values()])
 
 
-def join(parts: Sequence[Summary]) -> Summary:
-    """Put the summaries of groups of rows together, in order, as precise as the samples were."""
+def join(parts: Sequence[Group]) -> Group:
+    """Concatenate the statistics of consecutive rows, as float32 like the samples."""
     if len(parts) == 1:
         columns = [np.ascontiguousarray(c, np.float32) for c in vars(parts[0]).values()]
     else:

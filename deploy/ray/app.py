@@ -12,9 +12,8 @@ from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dropserve.app.errors import LoadError
-from dropserve.app.http.v2.repository import Load, Unload
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.processes.worker import Worker, read_keys
+from dropserve.app.processes.worker import Load, Unload, Worker, read_keys
 from dropserve.app.settings import Settings
 
 # Requests that a replica should have at a time: what keeps one core busy, and no more.
@@ -55,16 +54,16 @@ class Replica(Worker):
 
     def check_health(self) -> None:
         """Raise if a model does not run any more; Ray then starts another replica."""
-        for versions in self.service.models.served.values():
-            for model in versions.values():
-                row = np.zeros((1, *model.manifest.input.shape), np.float32)
-                model.engine.predict(row)
+        for versions in self.service.registry.served.values():
+            for runner in versions.values():
+                row = np.zeros((1, *runner.manifest.input.shape), np.float32)
+                runner.engine.predict(row)
 
-    async def handle(self, question: object) -> object:
+    async def handle(self, message: object) -> object:
         """Do what all workers are asked to do, but for what one replica would do alone."""
-        if isinstance(question, Load | Unload):
+        if isinstance(message, Load | Unload):
             raise LoadError("on Ray the models change when the application is deployed again")
-        return await super().handle(question)
+        return await super().handle(message)
 
 
 def app(options: Options) -> serve.Application:

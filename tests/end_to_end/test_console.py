@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from dropserve.app.bundles.loader import Examples
 from dropserve.app.http import console
+from dropserve.app.inference.examples import Examples
 from tests.conftest import service
 from tests.end_to_end.test_access import new_key
 
@@ -123,7 +123,7 @@ def test_a_model_is_described_by_its_manifest_and_real_examples(
 @pytest.mark.parametrize(("side", "shown"), [(8, 10), (200, 2), (400, 1)])
 def test_of_large_examples_not_all_are_told(side: int, shown: int) -> None:
     inputs = np.zeros((10, side, side), np.float32)
-    assert len(console.told(Examples(inputs, [None] * 10))) == shown
+    assert len(console.shown(Examples(inputs, [None] * 10))) == shown
 
 
 @pytest.mark.parametrize("path", ["digits/versions/2", "digits/versions/x", "nothing/versions/1"])

@@ -25,11 +25,13 @@ class Refuse:
             raise AssertionError(f"the service imports {name}")
 
 sys.meta_path.insert(0, Refuse())
+import asyncio
 from pathlib import Path
 import dropserve.__main__
 from dropserve.app.cli import keys, serve
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query
+from dropserve.app.inference.query import Query
+from dropserve.app.observability.record import RequestRecord
 from dropserve.app.settings import Settings
 from dropserve.app.processes.worker import Worker
 
@@ -37,7 +39,13 @@ worker = Worker(Settings(models=Path(sys.argv[1])), load_engines(Path(sys.argv[1
 worker.application.openapi()
 service = worker.service
 query = Query([[0.0] * 64], "digits", None, passes=10, seed=1, interval=0.5)
-print(service.predict([[0.0] * 64], "digits", None)["model"], service.debug(query)["passes"])
+
+async def ask():
+    record = RequestRecord()
+    prediction = await service.predict([[0.0] * 64], "digits", None, record)
+    print(prediction["model"], (await service.debug(query, record))["passes"])
+
+asyncio.run(ask())
 """
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 from dropserve.export import bundle, half_precision, predict_graph, stochastic_graph, trace, verify
 from dropserve.export.pipeline import export
 from dropserve.export.reference import TorchReference, VerificationError
@@ -102,12 +104,19 @@ def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_co
         assert {value.type.tensor_type.elem_type for value in (graph.input[0], *graph.output)} == {
             onnx.TensorProto.FLOAT
         }
-    limits: Any = {"max_rows": 100, "max_passes": 100, "max_row_passes": 10_000}
+    limits: Any = {
+        "max_rows": 100,
+        "max_passes": 100,
+        "max_row_passes": 10_000,
+        "queue_rows": 10_000,
+    }
     half, single = (
-        Service(load_engines(models, "cpu"), **limits) for models in (tmp_path, built / "models")
+        BlockingService(Service(load_engines(models, "cpu"), **limits))
+        for models in (tmp_path, built / "models")
     )
     query = Query(examples("digits"), "digits", 1, 100, seed=5, interval=0.9)
-    one, other = half.uncertainty(query), single.uncertainty(query)
+    with half, single:
+        one, other = half.uncertainty(query), single.uncertainty(query)
     assert one["labels"] == other["labels"]
     np.testing.assert_allclose(np.asarray(one["mean"]), np.asarray(other["mean"]), atol=1e-2)
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 from dropserve.export.pipeline import export
 from dropserve.model import checkpoint
 from dropserve.model.datasets import Dataset, split
@@ -64,9 +66,13 @@ def test_a_site_on_the_features_is_exported_verified_and_served(
     # The weights of the first layer take its factor, where there is one.
     assert first["folded"]
     engines = load_engines(tmp_path / "models", "cpu")
-    service = Service(engines, max_rows=100, max_passes=PASSES, max_row_passes=100 * PASSES)
+    most = 100 * PASSES
+    service = Service(
+        engines, max_rows=100, max_passes=PASSES, max_row_passes=most, queue_rows=most
+    )
     x = saved.holdout.x[:3]
-    answer = service.debug(Query(x, None, None, PASSES, seed=1, interval=0.9))
+    with BlockingService(service) as blocking:
+        answer = blocking.debug(Query(x, None, None, PASSES, seed=1, interval=0.9))
     with torch.no_grad():
         expected = saved.model.eval()(torch.from_numpy(x)).numpy()
     assert answer["deterministic"] == pytest.approx(expected, rel=1e-4, abs=1e-4)

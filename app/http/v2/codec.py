@@ -1,8 +1,8 @@
-"""The Open Inference Protocol's ``infer`` call, from bytes to arrays and back.
+"""Bodies of ``infer`` requests and responses: bytes to arrays and back.
 
-A request is JSON; with Triton's binary tensor data extension the JSON is a header, and the tensors
-that say ``binary_data_size`` follow it as raw little-endian bytes, in their order. An answer is
-written alike. Which tensors a model takes, and HTTP, are others' business.
+A request is JSON. With Triton's binary tensor data extension the JSON is a header, and the tensors
+with a ``binary_data_size`` follow it as raw little-endian bytes, in order. Responses have the same
+form. Neither the tensors of a model nor HTTP are known here.
 
 References
 ----------
@@ -23,46 +23,46 @@ from typing import Any, TypeVar
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import InputError
-from dropserve.app.http.problems import BodyError
-from dropserve.app.inference.rows import LARGEST, LISTS, NUMBERS, check_numbers, kind, packed
+from dropserve.app.inference.rows import LARGEST, LISTS, NUMBERS, check_numbers, json_type, packed
 
 Buffer = bytes | bytearray
-Kind = TypeVar("Kind")
+Expected = TypeVar("Expected")
 
 WHOLE = (1, 2, 4, 8)
-# Those whose values float32 can stand for; little-endian, as the wire has them.
+# The datatypes that are converted to float32; little-endian on the wire.
 DATATYPES: dict[str, np.dtype[Any]] = {
     f"{name}{8 * size}": np.dtype(f"<{code}{size}")
     for name, code, sizes in (("FP", "f", (4, 8, 2)), ("INT", "i", WHOLE), ("UINT", "u", WHOLE))
     for size in sizes
 }
-# Numpy refuses shapes whose elements, zeros aside, it could not count.
+# numpy refuses shapes with more elements, zeros aside, than it can count.
 MOST_DIMENSIONS = 16
 MOST_ELEMENTS = 2**31 - 1
-# A request chooses its names, and could choose long ones.
+# Longest part of a client's text that a message quotes.
 LONGEST_QUOTE = 100
 SAFE_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,128}")
 
 REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
 INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
 OUTPUT_FIELDS = ("name", "parameters")
-# To answer as if they had not been asked for would be to answer something else.
+# Ignoring these would give another answer than the requested one.
 REFUSED_PARAMETERS = ("shared_memory_region", "classification")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input tensor, its values in the shape that it was sent with."""
+    """An input tensor, in the shape it was sent with."""
 
     name: str
     values: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An output that is asked for, and whether as binary."""
+class WantedOutput:
+    """A requested output, and whether in binary form."""
 
     name: str
     binary: bool
@@ -70,35 +70,35 @@ class Wanted:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request; ``outputs`` is None for all, ``binary`` what those get that do not say."""
+    """A request; ``outputs`` is None for all, ``binary`` the default form of outputs."""
 
     id: str | None
     parameters: dict[str, object]
     inputs: list[Tensor]
-    outputs: list[Wanted] | None
+    outputs: list[WantedOutput] | None
     binary: bool
 
 
-def read(body: Buffer, header_length: int | None) -> InferRequest:
-    """Read a request's body.
+def parse_request(body: Buffer, header_length: int | None) -> InferRequest:
+    """Parse the body of a request.
 
     Parameters
     ----------
     body
-        JSON, and behind it the tensors that are sent as binary.
+        JSON, followed by the binary tensors.
     header_length
-        Bytes of JSON, as ``Inference-Header-Content-Length`` says; None if all are.
+        Bytes of JSON, from ``Inference-Header-Content-Length``; None: all.
 
     Raises
     ------
-    BodyError
-        400 if the length is not within the body, or those bytes are no JSON.
+    HTTPException
+        400 if the length is not within the body, or these bytes are not JSON.
     InputError
-        If the request is not what the protocol, or this service, allows.
+        If the protocol, or this service, does not allow the request.
     """
     length = len(body) if header_length is None else header_length
     if not 0 <= length <= len(body):
-        raise BodyError(
+        raise HTTPException(
             HTTPStatus.BAD_REQUEST,
             f"Inference-Header-Content-Length must be from 0 to {len(body)}, the length of the "
             f"body, not {length}",
@@ -107,7 +107,7 @@ def read(body: Buffer, header_length: int | None) -> InferRequest:
         document = orjson.loads(memoryview(body)[:length])
     except orjson.JSONDecodeError as error:
         part = "body" if header_length is None else f"body, in its first {length} bytes,"
-        raise BodyError(HTTPStatus.BAD_REQUEST, f"the {part} is not JSON: {error}") from None
+        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the {part} is not JSON: {error}") from None
     request = read_object(document, "body", REQUEST_FIELDS)
     parameters = read_parameters(request, "parameters")
     said = parameters.pop("binary_data_output", None)
@@ -131,7 +131,7 @@ def read(body: Buffer, header_length: int | None) -> InferRequest:
 
 
 def read_input(item: object, body: Buffer, start: int, path: str) -> tuple[Tensor, int]:
-    """Return a tensor whose data, if binary, is at ``start``, and where that of the next is."""
+    """Return a tensor, whose binary data would be at ``start``, and where the next one's is."""
     fields = read_object(item, path, INPUT_FIELDS)
     name = of_type(fields.get("name"), str, f"{path}.name")
     shape = read_shape(fields.get("shape"), f"{path}.shape")
@@ -147,12 +147,12 @@ def read_input(item: object, body: Buffer, start: int, path: str) -> tuple[Tenso
 
 
 def check_size(size: object, shape: list[int], dtype: np.dtype[Any], left: int, path: str) -> int:
-    """Return the bytes of a binary tensor if they are what its shape takes, and are there."""
+    """Return the size of a binary tensor in bytes; check it against shape and body."""
     path = f"{path}.parameters.binary_data_size"
     count = math.prod(shape)
     needed = count * dtype.itemsize
     if type(size) is not int or size != needed:
-        said = size if type(size) is int else kind(size)
+        said = size if type(size) is int else json_type(size)
         raise InputError(path, f"must be {needed}, {dtype.itemsize} x {count}, not {said}")
     if needed > left:
         there = f"expecting {needed} bytes behind the JSON and earlier tensors, got {left}"
@@ -163,11 +163,10 @@ def check_size(size: object, shape: list[int], dtype: np.dtype[Any], left: int, 
 def read_binary(
     body: Buffer, start: int, shape: list[int], dtype: np.dtype[Any], path: str
 ) -> NDArray[np.float32]:
-    """Return the tensor that is at ``start``; of FP32 a view, where it is aligned."""
+    """Return the tensor at ``start``: a view if it is FP32 and aligned."""
     raw = np.frombuffer(body, dtype, math.prod(shape), start).reshape(shape)
-    # A header need not end at a multiple of four. onnxruntime does take floats at any address, but
-    # C++ does not say that it may; and to copy them first costs little, as numpy's isfinite would
-    # copy them piece by piece.
+    # The header may end anywhere. onnxruntime takes floats at any address, but C++ does not promise
+    # that; and a copy costs little, as numpy's isfinite would copy unaligned data anyway.
     aligned = raw if raw.flags.aligned else raw.copy()
     with np.errstate(over="ignore", invalid="ignore"):
         values: NDArray[np.float32] = aligned.astype("<f4", copy=False)
@@ -179,7 +178,7 @@ def read_binary(
 def read_data(
     data: object, shape: list[int], dtype: np.dtype[Any], path: str
 ) -> NDArray[np.float32]:
-    """Return the tensor that JSON lists, flat or nested."""
+    """Return a tensor from its JSON list, flat or nested."""
     flat = flatten(of_type(data, list, path), shape, path)
     count = math.prod(shape)
     if len(flat) != count:
@@ -188,14 +187,14 @@ def read_data(
         return read_integers(flat, dtype, path).reshape(shape)
     values = packed(flat)
     if values is None:
-        # Finds what could not be packed.
+        # Raises for the number that could not be packed.
         check_numbers(flat, 1, path)
         values = np.array(flat, np.float32)
     return values.reshape(shape)
 
 
 def flatten(values: list[Any], shape: list[int], path: str) -> list[Any]:
-    """Return what a list holds that is flat, or nested to ``shape`` all the way."""
+    """Return the values of a list that is flat, or fully nested as ``shape``."""
     if not values or type(values[0]) is not list:
         return values
     level: list[Any] = [values]
@@ -207,7 +206,7 @@ def flatten(values: list[Any], shape: list[int], path: str) -> list[Any]:
 
 
 def read_integers(flat: list[Any], dtype: np.dtype[Any], path: str) -> NDArray[np.float32]:
-    """Return whole numbers that are in the range of their type."""
+    """Return integers, checked against the range of their datatype."""
     if {int}.issuperset(map(type, flat)):
         with suppress(OverflowError):
             return np.array(flat, dtype).astype(np.float32)
@@ -221,7 +220,7 @@ def read_integers(flat: list[Any], dtype: np.dtype[Any], path: str) -> NDArray[n
 
 
 def read_shape(value: object, path: str) -> list[int]:
-    """Return a shape that numpy can have, whatever data there is."""
+    """Return a shape that numpy accepts."""
     shape = of_type(value, list, path)
     if not 1 <= len(shape) <= MOST_DIMENSIONS:
         raise InputError(path, f"must list 1 to {MOST_DIMENSIONS} dimensions, not {len(shape)}")
@@ -235,23 +234,23 @@ def read_shape(value: object, path: str) -> list[int]:
 def read_dtype(value: object, path: str) -> np.dtype[Any]:
     """Return the numpy type of a datatype."""
     if not isinstance(value, str) or value not in DATATYPES:
-        said = quote(value) if isinstance(value, str) else kind(value)
+        said = quote(value) if isinstance(value, str) else json_type(value)
         raise InputError(path, f"must be one of {', '.join(DATATYPES)}, not {said}")
     return DATATYPES[value]
 
 
-def read_output(item: object, binary: bool, path: str) -> Wanted:
-    """Return an output that is asked for, as ``binary`` where it does not say."""
+def read_output(item: object, binary: bool, path: str) -> WantedOutput:
+    """Return a requested output; ``binary`` is its default form."""
     fields = read_object(item, path, OUTPUT_FIELDS)
     name = of_type(fields.get("name"), str, f"{path}.name")
     said = read_parameters(fields, f"{path}.parameters").get("binary_data")
     if said is not None:
         binary = of_type(said, bool, f"{path}.parameters.binary_data")
-    return Wanted(name, binary)
+    return WantedOutput(name, binary)
 
 
 def read_object(value: object, path: str, allowed: tuple[str, ...]) -> dict[str, object]:
-    """Return an object with no other fields than those allowed."""
+    """Return an object; raise InputError if it has a field that is not allowed."""
     fields = of_type(value, dict, path)
     unknown = next((field for field in fields if field not in allowed), None)
     if unknown is not None:
@@ -260,7 +259,7 @@ def read_object(value: object, path: str, allowed: tuple[str, ...]) -> dict[str,
 
 
 def read_parameters(fields: dict[str, object], path: str) -> dict[str, object]:
-    """Return an object's parameters, none where it has none."""
+    """Return the parameters of an object, which may have none."""
     value = fields.get("parameters")
     parameters = {} if value is None else of_type(value, dict, path)
     for name in REFUSED_PARAMETERS:
@@ -270,14 +269,14 @@ def read_parameters(fields: dict[str, object], path: str) -> dict[str, object]:
 
 
 def read_id(value: object) -> str | None:
-    """Return a request's id, which its answer repeats."""
+    """Return the id of a request, which its response repeats."""
     if value is None or (isinstance(value, str) and SAFE_ID.fullmatch(value)):
         return value
     raise InputError("id", "must be a string of at most 128 characters, no control characters")
 
 
 def check_names(names: Sequence[str], path: str) -> None:
-    """Raise InputError where a name comes twice."""
+    """Raise InputError if a name occurs twice."""
     seen: set[str] = set()
     for number, name in enumerate(names):
         if name in seen:
@@ -285,37 +284,37 @@ def check_names(names: Sequence[str], path: str) -> None:
         seen.add(name)
 
 
-def of_type(value: object, wanted: type[Kind], path: str) -> Kind:
-    """Return a JSON value that must be of a type."""
-    if not isinstance(value, wanted):
-        raise InputError(path, f"must be {kind(wanted())}, not {kind(value)}")
+def of_type(value: object, expected: type[Expected], path: str) -> Expected:
+    """Return a JSON value; raise InputError if it is of another type."""
+    if not isinstance(value, expected):
+        raise InputError(path, f"must be {json_type(expected())}, not {json_type(value)}")
     return value
 
 
 def quote(text: str) -> str:
-    """Quote what a request says, on one line and not at length."""
+    """Quote a client's text: on one line, shortened."""
     return repr(text[:LONGEST_QUOTE])[:LONGEST_QUOTE]
 
 
-def write(
+def write_response(
     head: dict[str, object],
     outputs: Sequence[tuple[str, NDArray[np.float32] | Sequence[str], bool]],
 ) -> tuple[bytes, int | None]:
-    """Write an answer's body.
+    """Write the body of a response.
 
     Parameters
     ----------
     head
-        The answer's fields besides its outputs.
+        The fields besides the outputs.
     outputs
-        Of each its name, its values (strings are BYTES, of one dimension), and whether as binary.
+        Name, values (strings become one-dimensional BYTES), and whether in binary form.
 
     Returns
     -------
     bytes
         The body.
     int or None
-        The length of the JSON that it begins with, None if it is all JSON.
+        Length of the JSON at its beginning; None if it is all JSON.
     """
     entries: list[dict[str, object]] = []
     tensors: list[bytes] = []
@@ -329,7 +328,7 @@ def write(
             tensors.append(pack(values))
             entry["parameters"] = {"binary_data_size": len(tensors[-1])}
         else:
-            # Row by row, and contiguous, which orjson needs.
+            # orjson needs contiguous arrays.
             entry["data"] = values.ravel() if isinstance(values, np.ndarray) else list(values)
         entries.append(entry)
     header = orjson.dumps(head | {"outputs": entries}, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -337,7 +336,7 @@ def write(
 
 
 def pack(values: NDArray[np.float32] | Sequence[str]) -> bytes:
-    """Return an output's bytes: of each string its length in UTF-8, then the string."""
+    """Return the bytes of an output; each string follows its length in bytes."""
     if isinstance(values, np.ndarray):
         return values.astype("<f4", copy=False).tobytes()
     encoded = [text.encode() for text in values]

@@ -1,51 +1,54 @@
-"""The model repository over HTTP, as Triton has it: what is there, load, unload.
+"""Triton's model repository extension: list, load and unload models.
 
 References
 ----------
 https://github.com/triton-inference-server/server, ``docs/protocol/extension_model_repository.md``
 """
 
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.params import Depends as Dependency
 
 from dropserve.app.errors import InputError, LoadError
-from dropserve.app.http import request_body
+from dropserve.app.http.messages import JSON, Parsed, parse_json, read_body
 from dropserve.app.http.schemas import IndexRequest, LoadRequest, VersionState
-from dropserve.app.inference.registry import Models
-from dropserve.app.processes.ipc import Group
+from dropserve.app.inference.registry import Registry
 
 MAX_BODY_BYTES = 2**16
 
 
-class Load(NamedTuple):
-    """Have every worker serve what the models folder holds of a model."""
-
-    name: str
-
-
-class Unload(NamedTuple):
-    """Have every worker serve a model no more."""
-
-    name: str
-
-
-async def read(request: Request, model: type[request_body.Typed]) -> request_body.Typed:
-    """Read a body that may be left out, as clients do."""
+async def read_optional(request: Request, schema: type[Parsed]) -> Parsed:
+    """Read and parse a body that clients may leave out."""
     headers = dict(request.scope["headers"])
-    content = await request_body.read(headers, request.receive, MAX_BODY_BYTES)
-    return request_body.parse({b"content-type": request_body.JSON}, content or b"{}", model)
+    content = await read_body(headers, request.receive, MAX_BODY_BYTES)
+    return parse_json({b"content-type": JSON}, content or b"{}", schema)
 
 
-def router(models: Models, group: Group, guard: Dependency) -> APIRouter:
-    """Return the routes of the model repository."""
+def router(
+    registry: Registry,
+    *,
+    load: Callable[[str], Awaitable[None]],
+    unload: Callable[[str], Awaitable[None]],
+    guard: Dependency,
+) -> APIRouter:
+    """Return the routes of the model repository.
+
+    Parameters
+    ----------
+    registry
+        The models of this process.
+    load, unload
+        Have all workers load or unload a model.
+    guard
+        Admits requests that may change models.
+    """
     routes = APIRouter(prefix="/v2/repository", dependencies=[guard])
 
     @routes.post("/index", openapi_extra=optional(IndexRequest))
     async def index(request: Request) -> list[VersionState]:
-        """List what is in the model repository, and what is served."""
-        asked = await read(request, IndexRequest)
+        """List the versions in the models folder, and whether they are served."""
+        asked = await read_optional(request, IndexRequest)
         return [
             VersionState(
                 name=each.name,
@@ -53,39 +56,39 @@ def router(models: Models, group: Group, guard: Dependency) -> APIRouter:
                 state="READY" if each.served else "UNAVAILABLE",
                 reason=each.reason if each.served else each.reason or "not loaded",
             )
-            for each in await models.index()
+            for each in await registry.index()
             if each.served or not asked.ready
         ]
 
     @routes.post(
         "/models/{name}/load", response_class=Response, openapi_extra=optional(LoadRequest)
     )
-    async def load(name: str, request: Request) -> Response:
-        """Serve what the models folder holds of a model now."""
-        asked = await read(request, LoadRequest)
+    async def load_model(name: str, request: Request) -> Response:
+        """Serve the versions of a model that the models folder holds."""
+        asked = await read_optional(request, LoadRequest)
         if asked.parameters:
-            # Triton would take a model's files from here.
+            # Triton takes a model's files from here.
             raise InputError("parameters", "none are allowed: models come from the models folder")
-        await group.change(Load(name))
-        # Only now: whatever is refused here, the others are to load the rest too.
-        if faults := "; ".join(models.faults(name)):
+        await load(name)
+        # Only now: the other workers load the accepted versions even if some are refused.
+        if faults := "; ".join(registry.faults(name)):
             raise LoadError(faults)
         return Response()
 
     @routes.post(
         "/models/{name}/unload", response_class=Response, openapi_extra=optional(LoadRequest)
     )
-    async def unload(name: str, request: Request) -> Response:
-        """Serve a model no more; requests under way are answered."""
-        await read(request, LoadRequest)
-        await group.change(Unload(name))
+    async def unload_model(name: str, request: Request) -> Response:
+        """Stop serving a model; requests under way are answered."""
+        await read_optional(request, LoadRequest)
+        await unload(name)
         return Response()
 
     return routes
 
 
 def optional(model: type[IndexRequest | LoadRequest]) -> dict[str, object]:
-    """Document a body that may be left out."""
+    """Document an optional body."""
     return {
         "requestBody": {
             "required": False,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
 from dropserve.app.inference import batch
-from dropserve.app.inference.batch import Draw
+from dropserve.app.inference.batch import PassesJob
 from dropserve.app.inference.engine import Engine
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.uncertainty.masks import MaskStream
@@ -26,7 +26,7 @@ def test_a_run_of_many_draws_in_pieces_is_what_each_draw_is_alone(
 ) -> None:
     rows = examples("digits")
     draws = [
-        Draw(rows[:count], MaskStream(seed, engine.manifest.sites), places, passes, None)
+        PassesJob(rows[:count], MaskStream(seed, engine.manifest.sites), places, passes, None)
         for seed, (count, places, passes) in enumerate(
             [
                 (1, range(4, 5), range(7)),
@@ -36,9 +36,9 @@ def test_a_run_of_many_draws_in_pieces_is_what_each_draw_is_alone(
             ]
         )
     ]
-    alone = [batch.draw(engine, [draw])[0] for draw in draws]
+    alone = [batch.run_passes(engine, [draw])[0] for draw in draws]
     monkeypatch.setattr(batch, "VALUES_IN_CACHE", row_passes * engine.manifest.values_per_pass)
-    for draw, one, other in zip(draws, alone, batch.draw(engine, draws), strict=True):
+    for draw, one, other in zip(draws, alone, batch.run_passes(engine, draws), strict=True):
         shape = (len(draw.passes), len(draw.rows), 10)
         samples = np.asarray(other)
         assert samples.shape == shape
@@ -63,7 +63,9 @@ def test_draws_that_ask_alike_or_not_get_what_they_get_alone_beside_one_that_is_
     # So large that the first layer's outputs are beyond float32.
     beyond = (np.full(np.shape(rows[:1]), 3e38)).tolist()
     draws = [
-        Draw(inputs, MaskStream(seed, engine.manifest.sites), range(len(inputs)), passes, level)
+        PassesJob(
+            inputs, MaskStream(seed, engine.manifest.sites), range(len(inputs)), passes, level
+        )
         for seed, (inputs, passes, level) in enumerate(
             [
                 (rows[:1], range(20), 0.9),
@@ -75,8 +77,8 @@ def test_draws_that_ask_alike_or_not_get_what_they_get_alone_beside_one_that_is_
             ]
         )
     ]
-    for place, (draw, found) in enumerate(zip(draws, batch.draw(engine, draws), strict=True)):
-        (alone,) = batch.draw(engine, [draw])
+    for place, (draw, found) in enumerate(zip(draws, batch.run_passes(engine, draws), strict=True)):
+        (alone,) = batch.run_passes(engine, [draw])
         if place == 2:
             assert isinstance(found, InputError)
             assert isinstance(alone, InputError)

@@ -10,23 +10,23 @@ import pytest
 
 from dropserve.app.errors import DeadlineExceeded
 from dropserve.app.inference.batcher import ON_LOOP_SECONDS, Batcher, Pace, measure
-from dropserve.app.inference.executor import Turns
-from dropserve.app.observability.record import Call
+from dropserve.app.inference.executor import Executor
+from dropserve.app.observability.record import RequestRecord
 
 SHORT, LONG = Pace(0, 0), Pace(1, 0)
 
 
 @contextmanager
-def thread() -> Iterator[Turns]:
-    turns = Turns()
+def thread() -> Iterator[Executor]:
+    turns = Executor()
     try:
         yield turns
     finally:
         turns.close()
 
 
-def call(seconds: float = 60) -> Call:
-    return Call("POST", "test", "id", seconds)
+def call(seconds: float = 60) -> RequestRecord:
+    return RequestRecord("POST", "test", "id", seconds)
 
 
 class Doubler:
@@ -282,8 +282,8 @@ def test_a_job_whose_time_is_up_before_its_run_is_left_out_of_it() -> None:
         with thread() as turns:
             batcher = Batcher(doubler.run, SHORT, 100, turns)
             late, punctual = (
-                Call("POST", "test", "late", 0.01),
-                Call("POST", "test", "punctual", 60),
+                RequestRecord("POST", "test", "late", 0.01),
+                RequestRecord("POST", "test", "punctual", 60),
             )
             submitted = [batcher.submit(1, 1, late), batcher.submit(2, 1, punctual)]
             tasks = [asyncio.create_task(each) for each in submitted]
@@ -314,8 +314,8 @@ def test_a_call_knows_how_long_it_has_waited_and_how_long_its_run_took() -> None
 
     asyncio.run(main())
     # No more than a machine may be busy with other things.
-    assert 0.05 <= asked.queued + 0.005 < 1
-    assert 0.02 <= asked.ran < 1
+    assert 0.05 <= asked.queue_seconds + 0.005 < 1
+    assert 0.02 <= asked.run_seconds < 1
 
 
 def test_pieces_of_long_work_are_made_in_the_thread_however_short_they_are() -> None:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from dropserve.app.inference.executor import Turns
+from dropserve.app.inference.executor import Executor
 
 
 def order(short: int, long: int) -> str:
@@ -13,7 +13,7 @@ def order(short: int, long: int) -> str:
     made: list[str] = []
 
     async def main() -> None:
-        turns = Turns()
+        turns = Executor()
         go_on = threading.Event()
         first = turns.submit(lambda: go_on.wait(10), long=True)
         waiting = [turns.submit(lambda: made.append("l"), long=True) for _ in range(long)]
@@ -39,7 +39,7 @@ def test_what_is_cancelled_before_its_turn_is_not_begun() -> None:
     made: list[int] = []
 
     async def main() -> None:
-        turns = Turns()
+        turns = Executor()
         go_on = threading.Event()
         first = turns.submit(lambda: go_on.wait(10), long=False)
         second = turns.submit(lambda: made.append(2), long=False)
@@ -58,7 +58,7 @@ def test_what_work_meets_is_raised_where_it_is_waited_for_and_the_next_goes_on()
         raise ZeroDivisionError
 
     async def main() -> int:
-        turns = Turns()
+        turns = Executor()
         with pytest.raises(ZeroDivisionError):
             await turns.submit(fail, long=True)
         try:

@@ -15,7 +15,7 @@ HAS_GPU = providers.load_fault(providers.DRIVER) is None
 
 
 def bundle(built: Path) -> loader.Bundle:
-    return loader.read(built / "models" / "diabetes" / "1")
+    return loader.read_bundle(built / "models" / "diabetes" / "1")
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])

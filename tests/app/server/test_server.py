@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 from unittest.mock import patch
@@ -23,8 +24,7 @@ import pytest
 import uvicorn
 
 from dropserve.app.http import problems
-from dropserve.app.http.responses import Reply
-from dropserve.app.observability.record import Call
+from dropserve.app.http.messages import PAUSE, Response, with_id
 from dropserve.app.server.connection import CROWD, Limits, connection_class, readable
 from dropserve.app.server.server import Server
 
@@ -36,7 +36,6 @@ SLOW = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW_SECONDS = 0.45
 BUSY = b"GET /busy HTTP/1.1\r\nhost: x\r\n\r\n"
 BUSY_SECONDS = 1.2
-REFUSED = Call("POST", "/full", "id", 1, rejected="queue")
 TOO_LONG = "Request Header Fields Too Large"
 # Polls of 0.1 s and the wait for who has just connected, on a busy machine.
 SOON_SECONDS = 0.6
@@ -71,7 +70,7 @@ class Toy:
                 await asyncio.sleep(SLOW_SECONDS if scope["path"] == "/slow" else 600)
                 await answer(send, 200, b"slow")
             case "/full":
-                scope[problems.CALL] = REFUSED
+                scope[PAUSE] = True
                 await answer(send, 503, b"full")
             case "/early":
                 await answer(send, 200, b"early")
@@ -81,18 +80,21 @@ class Toy:
             case _:
                 await echo(receive, send)
 
-    def at_once(self, scope: Message) -> Reply | None:
+    def shed(self, scope: Message) -> Response | None:
         if scope["path"] == "/busy":
             print("begun", flush=True)
             # The loop can do nothing meanwhile.
             time.sleep(BUSY_SECONDS)
         if scope["path"] != "/full":
             return None
-        scope[problems.CALL] = REFUSED
-        return Reply(503, b"full", [(b"content-length", b"4")])
+        scope[PAUSE] = True
+        return Response(503, b"full", [(b"content-length", b"4")])
 
     async def crowded(self, scope: Message, receive: Any, send: Any) -> None:
         await answer(send, 200 if scope["path"] == "/health" else 503, b"crowded")
+
+    def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
+        return with_id(problems.write(problems.Problem(status, detail), "id"), "id")
 
     def drain(self) -> None:
         self.draining = True
@@ -137,7 +139,7 @@ def serve(options: Options) -> None:
     )
     config = uvicorn.Config(
         toy,
-        http=connection_class(limits),
+        http=connection_class(toy, limits),
         loop=options.get("loop", "auto"),
         interface="asgi3",
         lifespan="off",

@@ -5,6 +5,7 @@ Many queries, each of a seed of its own, tell how often ``mean -+ 1.96 standard_
 95 % of the time if all is right, but for what follows from passes being no normal numbers.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.blocking import BlockingService
+from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.service import Query, Service
+from dropserve.app.inference.service import Service
 from dropserve.app.uncertainty import masks, statistics
 from dropserve.app.uncertainty.masks import KINDS, Kind
 from dropserve.export.bundle import DropoutSite
@@ -25,16 +28,20 @@ NOMINAL, TOLERANCE = 0.95, 0.035
 
 
 @pytest.fixture(scope="module")
-def service(tiny: Path) -> Service:
+def service(tiny: Path) -> Iterator[BlockingService]:
     engines = load_engines(tiny / "models", "cpu")
-    return Service(engines, max_rows=10, max_passes=10_000, max_row_passes=10**6)
+    limits: Any = {"max_passes": 10_000, "max_row_passes": 10**6, "queue_rows": 10**6}
+    with BlockingService(Service(engines, max_rows=10, **limits)) as service:
+        yield service
 
 
-def exact(tiny: Path, service: Service, name: str) -> Exact:
-    return enumerated.exact(name, tiny, service.models.find(name, None).manifest)
+def exact(tiny: Path, service: BlockingService, name: str) -> Exact:
+    return enumerated.exact(name, tiny, service.service.registry.find(name, None).manifest)
 
 
-def ask(service: Service, name: str, seed: int, x: NDArray[np.float32], **asked: Any) -> Any:
+def ask(
+    service: BlockingService, name: str, seed: int, x: NDArray[np.float32], **asked: Any
+) -> Any:
     return service.uncertainty(Query(x, name, None, seed=seed, interval=0.9, **asked))
 
 
@@ -42,7 +49,7 @@ def ask(service: Service, name: str, seed: int, x: NDArray[np.float32], **asked:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", enumerated.NAMES)
 def test_the_mean_is_within_its_standard_error_of_the_exact_one_as_often_as_that_says(
-    service: Service, tiny: Path, name: str, kind: Kind, passes: int
+    service: BlockingService, tiny: Path, name: str, kind: Kind, passes: int
 ) -> None:
     known = exact(tiny, service, name)
     covered = []
@@ -85,7 +92,7 @@ def test_so_it_is_of_what_masks_do_in_pairs_alone_which_no_stratification_takes_
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["classes-two-classic", "values-two-inverted"])
 def test_to_look_whether_a_tolerance_is_reached_does_not_spoil_the_standard_error(
-    service: Service, tiny: Path, name: str, kind: Kind, rows: int
+    service: BlockingService, tiny: Path, name: str, kind: Kind, rows: int
 ) -> None:
     """Whoever stops as soon as an estimate is small stops, now and then, since it is too small."""
     known = exact(tiny, service, name)
@@ -112,7 +119,7 @@ def test_to_look_whether_a_tolerance_is_reached_does_not_spoil_the_standard_erro
 @pytest.mark.parametrize(("tolerance", "converged"), [(1e308, True), (1e-308, False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tolerance_beyond_float32_is_one_like_any_other(
-    service: Service, tiny: Path, kind: Kind, tolerance: float, converged: bool
+    service: BlockingService, tiny: Path, kind: Kind, tolerance: float, converged: bool
 ) -> None:
     known = exact(tiny, service, "classes-two-classic")
     asked = {"passes": 60, "masks": kind, "tolerance": tolerance}
@@ -121,7 +128,7 @@ def test_a_tolerance_beyond_float32_is_one_like_any_other(
 
 @pytest.mark.parametrize("name", ["classes-two-classic", "values-two-classic"])
 def test_stratified_masks_leave_a_fraction_of_the_variance_of_the_mean(
-    service: Service, tiny: Path, name: str
+    service: BlockingService, tiny: Path, name: str
 ) -> None:
     known = exact(tiny, service, name)
 
@@ -139,7 +146,7 @@ def test_stratified_masks_leave_a_fraction_of_the_variance_of_the_mean(
 
 @pytest.mark.parametrize("name", enumerated.NAMES)
 def test_stratified_masks_raise_the_variance_of_the_passes_by_a_fiftieth_at_most(
-    service: Service, tiny: Path, name: str
+    service: BlockingService, tiny: Path, name: str
 ) -> None:
     known = exact(tiny, service, name)
     variances = [

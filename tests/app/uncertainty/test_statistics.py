@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy import stats
 
+from dropserve.app.inference.batch import softmax
 from dropserve.app.uncertainty import statistics
 
 Samples = NDArray[np.float32]
@@ -27,13 +28,13 @@ def logits(draw: st.DrawFn) -> Samples:
 
 def probabilities(seed: int = 0, passes: int = 40) -> Samples:
     z = np.random.default_rng(seed).normal(0, 2, (passes, 3, 4)).astype(np.float32)
-    return statistics.softmax(z)
+    return softmax(z)
 
 
 @quick
 @given(logits())
 def test_probabilities_are_in_bounds_and_sum_to_1(z: Samples) -> None:
-    p = statistics.softmax(z)
+    p = softmax(z)
     assert p.dtype == np.float32
     assert ((p >= 0) & (p <= 1)).all()
     np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-6)
@@ -41,11 +42,11 @@ def test_probabilities_are_in_bounds_and_sum_to_1(z: Samples) -> None:
 
 def test_softmax_of_logits_further_apart_than_float32_reaches() -> None:
     logits = np.array([[3e38, -3e38, 3e38]], np.float32)
-    np.testing.assert_array_equal(statistics.softmax(logits), [[0.5, 0, 0.5]])
+    np.testing.assert_array_equal(softmax(logits), [[0.5, 0, 0.5]])
 
 
 def test_softmax_by_value() -> None:
-    p = statistics.softmax(np.array([[0, math.log(2), math.log(5)]], np.float32))
+    p = softmax(np.array([[0, math.log(2), math.log(5)]], np.float32))
     np.testing.assert_allclose(p, [[1 / 8, 2 / 8, 5 / 8]], rtol=1e-6)
 
 
@@ -201,7 +202,7 @@ def test_entropies_equal_scipys() -> None:
 @given(logits())
 def test_entropies_keep_their_bounds(z: Samples) -> None:
     passes, _, classes = z.shape
-    e = statistics.entropies(statistics.softmax(z))
+    e = statistics.entropies(softmax(z))
     assert (e.mutual_information >= 0).all()
     assert (e.expected_entropy >= 0).all()
     assert (e.predictive_entropy <= math.log(classes) + 1e-6).all()

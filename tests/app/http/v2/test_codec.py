@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import InputError
-from dropserve.app.http.problems import BodyError
-from dropserve.app.http.v2.codec import DATATYPES, InferRequest, Wanted, read, write
+from dropserve.app.http.v2.codec import (
+    DATATYPES,
+    InferRequest,
+    WantedOutput,
+    parse_request,
+    write_response,
+)
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 thorough = settings(derandomize=True, deadline=None, max_examples=500)
@@ -41,7 +47,7 @@ def join(document: object, *tensors: bytes, align: int = 1) -> tuple[bytes, int]
 
 
 def read_inputs(*inputs: object, **fields: object) -> InferRequest:
-    return read(orjson.dumps({"inputs": inputs} | fields), None)
+    return parse_request(orjson.dumps({"inputs": inputs} | fields), None)
 
 
 def values_of(request: InferRequest) -> list[NDArray[np.float32]]:
@@ -72,7 +78,7 @@ def test_binary_tensors_follow_in_the_order_of_the_inputs(
             tensors.append(x.tobytes())
         else:
             inputs.append(tensor(name=f"x{number}", shape=x.shape, data=x.ravel().tolist()))
-    request = read(*join({"inputs": inputs}, *tensors))
+    request = parse_request(*join({"inputs": inputs}, *tensors))
     assert [tensor.name for tensor in request.inputs] == [f"x{n}" for n in range(len(arrays))]
     for values, x in zip(values_of(request), arrays, strict=True):
         assert values.shape == x.shape
@@ -86,7 +92,7 @@ def test_binary_fp32_is_read_without_a_copy_where_it_is_aligned(
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     joined, length = join({"inputs": [binary(24, shape=[2, 3])]}, x.tobytes(), align=4)
     body = make(joined)
-    (values,) = values_of(read(body, length))
+    (values,) = values_of(parse_request(body, length))
     assert np.shares_memory(values, np.frombuffer(body, np.uint8))
     assert np.array_equal(values, x)
 
@@ -95,7 +101,7 @@ def test_binary_fp32_is_read_without_a_copy_where_it_is_aligned(
 def test_binary_fp32_behind_a_header_of_any_length_comes_out_aligned(offset: int) -> None:
     x = np.arange(6, dtype=np.float32)
     header, length = join({"inputs": [binary(24, shape=[6])]}, align=4)
-    (values,) = values_of(read(header + b" " * offset + x.tobytes(), length + offset))
+    (values,) = values_of(parse_request(header + b" " * offset + x.tobytes(), length + offset))
     assert values.flags.aligned
     assert np.array_equal(values, x)
 
@@ -105,7 +111,7 @@ def test_every_datatype_is_converted_from_json_and_from_binary(datatype: str) ->
     x = np.array([0, 1, 2, 100], DATATYPES[datatype])
     body, length = join({"inputs": [binary(x.nbytes, shape=[4], datatype=datatype)]}, x.tobytes())
     listed = tensor(shape=[4], datatype=datatype, data=[0, 1.0, 2, 100])
-    for request in (read(body, length), read_inputs(listed)):
+    for request in (parse_request(body, length), read_inputs(listed)):
         (values,) = values_of(request)
         assert values.dtype == np.float32
         assert values.tolist() == [0, 1, 2, 100]
@@ -259,7 +265,7 @@ def test_what_is_no_request_is_refused_where_it_goes_astray(
     document: object, path: str, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        read(orjson.dumps(document), None)
+        parse_request(orjson.dumps(document), None)
     assert (caught.value.path, caught.value.message) == (path, message)
 
 
@@ -268,38 +274,40 @@ def test_what_is_no_request_is_refused_where_it_goes_astray(
 def test_binary_that_is_not_finite_is_refused(datatype: str, wrong: float) -> None:
     x = np.array([1, wrong], DATATYPES[datatype])
     with pytest.raises(InputError, match=r"^inputs\.0: must hold finite numbers"):
-        read(*join({"inputs": [binary(x.nbytes, datatype=datatype)]}, x.tobytes()))
+        parse_request(*join({"inputs": [binary(x.nbytes, datatype=datatype)]}, x.tobytes()))
 
 
 def test_binary_beyond_float32_is_refused() -> None:
     x = np.array([1, 1e39])
     with pytest.raises(InputError, match=r"^inputs\.0: must hold .* at most 3.402823e\+38 in size"):
-        read(*join({"inputs": [binary(16, datatype="FP64")]}, x.tobytes()))
+        parse_request(*join({"inputs": [binary(16, datatype="FP64")]}, x.tobytes()))
 
 
 def test_binary_data_that_is_missing_or_left_over_is_refused_with_the_numbers() -> None:
     two = {"inputs": [binary(8), binary(8, name="y")]}
     with pytest.raises(InputError) as caught:
-        read(*join(two, bytes(15)))
+        parse_request(*join(two, bytes(15)))
     assert caught.value.path == "inputs.1.parameters.binary_data_size"
     assert "expecting 8 bytes behind the JSON and earlier tensors, got 7" in caught.value.message
     with pytest.raises(InputError) as caught:
-        read(*join(two, bytes(17)))
+        parse_request(*join(two, bytes(17)))
     assert caught.value.path == "inputs"
     assert caught.value.message == "expecting 16 bytes after the JSON, got 17"
 
 
 @pytest.mark.parametrize("length", [-1, 10**9])
 def test_a_header_that_is_not_within_the_body_is_refused(length: int) -> None:
-    with pytest.raises(BodyError, match=r"^Inference-Header-Content-Length must be from 0 to 2"):
-        read(b"{}", length)
+    with pytest.raises(
+        HTTPException, match=r"^Inference-Header-Content-Length must be from 0 to 2"
+    ):
+        parse_request(b"{}", length)
 
 
 @pytest.mark.parametrize(("body", "length"), [(b"", None), (b"{", None), (b"{}{}", 3), (b"{}", 0)])
 def test_a_header_that_is_no_json_is_refused(body: bytes, length: int | None) -> None:
-    with pytest.raises(BodyError, match="is not JSON") as caught:
-        read(body, length)
-    assert caught.value.status == 400
+    with pytest.raises(HTTPException, match="is not JSON") as caught:
+        parse_request(body, length)
+    assert caught.value.status_code == 400
 
 
 def test_a_shape_that_is_larger_than_its_data_takes_no_memory() -> None:
@@ -331,14 +339,14 @@ def test_outputs_are_binary_as_they_say_or_as_the_request_does() -> None:
     asked = [{"name": "a"}, {"name": "b", "parameters": {"binary_data": False}}]
     for default in (True, False):
         request = read_inputs(X, outputs=asked, parameters={"binary_data_output": default})
-        assert request.outputs == [Wanted("a", default), Wanted("b", False)]
+        assert request.outputs == [WantedOutput("a", default), WantedOutput("b", False)]
     assert read_inputs(X).outputs is None
     assert read_inputs(X, outputs=[]).outputs is None
 
 
 def test_json_outputs_are_flat() -> None:
     mean = np.array([[0.1, 2], [3, 4]], np.float32)
-    body, length = write(
+    body, length = write_response(
         {"model_name": "m"}, [("mean", mean.T, False), ("label", ["a", "é"], False)]
     )
     assert length is None
@@ -355,7 +363,7 @@ def test_binary_outputs_follow_the_header_in_order() -> None:
     mean = np.array([[1, 2], [3, 4]], np.float32)
     outputs: list[tuple[str, NDArray[np.float32] | list[str], bool]]
     outputs = [("label", ["a", "", "é"], True), ("plain", mean, False), ("mean", mean.T, True)]
-    body, length = write({"id": "7"}, outputs)
+    body, length = write_response({"id": "7"}, outputs)
     assert length is not None
     assert orjson.loads(body[:length]) == {
         "id": "7",
@@ -382,10 +390,10 @@ def test_binary_outputs_follow_the_header_in_order() -> None:
 @quick
 @given(hnp.arrays(np.float32, SHAPES, elements=FINITE), st.booleans())
 def test_what_is_written_can_be_read(x: NDArray[np.float32], as_binary: bool) -> None:
-    body, length = write({}, [("x", x, as_binary)])
+    body, length = write_response({}, [("x", x, as_binary)])
     document = orjson.loads(body[:length])
     body, length = join({"inputs": document["outputs"]}, b"" if length is None else body[length:])
-    (values,) = values_of(read(body, length))
+    (values,) = values_of(parse_request(body, length))
     assert values.shape == x.shape
     assert values.tobytes() == x.tobytes()
 
@@ -432,8 +440,8 @@ TELLING: st.SearchStrategy[object] = st.sampled_from(
 def check(body: bytes, length: int | None) -> None:
     """Read, and hold what comes out to what is promised of it."""
     request = None
-    with contextlib.suppress(InputError, BodyError):
-        request = read(body, length)
+    with contextlib.suppress(InputError, HTTPException):
+        request = parse_request(body, length)
     if request is None:
         return
     for values in values_of(request):

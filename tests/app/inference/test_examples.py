@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dropserve.app.bundles.loader import read_examples
+from dropserve.app.inference.examples import read_examples
 from dropserve.export.bundle import BundleError, Input, Manifest
 
 SHAPE = (2, 3)

@@ -1,0 +1,187 @@
+"""``infer`` of the Open Inference Protocol v2: tensors to rows, answers to tensors.
+
+A model takes one input tensor, named in its manifest. Beside each model NAME there is NAME.mc,
+which answers with the mean and the standard deviation of train-mode passes.
+
+References
+----------
+https://github.com/kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from http import HTTPStatus
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+
+from dropserve.app.errors import InputError
+from dropserve.app.http.messages import JSON, Headers, Request, Response
+from dropserve.app.http.schemas import TensorDescription, UncertaintyRequest
+from dropserve.app.http.v2 import codec
+from dropserve.app.http.v2.codec import InferRequest, WantedOutput
+from dropserve.app.inference.query import Query
+from dropserve.app.inference.registry import parse_version
+from dropserve.app.inference.rows import Rows
+from dropserve.app.inference.runner import ModelRunner
+from dropserve.app.inference.service import Service
+from dropserve.app.observability.record import RequestRecord
+from dropserve.export.bundle import RESERVED_SUFFIX as MC
+
+ROUTES = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
+PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+HEADER_LENGTH = b"inference-header-content-length"
+# Parameters that NAME.mc takes.
+PARAMETERS = ("passes", "seed", "masks", "tolerance")
+
+Column = NDArray[np.float32] | Sequence[str]
+
+
+class Target(NamedTuple):
+    """The model that a request is for, and whether its Monte Carlo answer is wanted."""
+
+    name: str
+    version: int | None
+    mc: bool
+
+
+class Asked(NamedTuple):
+    """A request: the name in its path, the model, and the content."""
+
+    path_name: str
+    target: Target
+    request: InferRequest
+
+
+def parse_target(name: str, version: str | None) -> Target:
+    """Parse a model's name and version in a path."""
+    number = None if version is None else parse_version(version)
+    return Target(name.removesuffix(MC), number, name.endswith(MC))
+
+
+def parse(request: Request) -> Asked:
+    """Parse a request."""
+    found = PATH.fullmatch(request.path)
+    assert found
+    target = parse_target(found[1], found[2])
+    content = codec.parse_request(request.body, parse_header_length(request.headers))
+    return Asked(found[1], target, content)
+
+
+class Infer:
+    """Answers ``infer`` requests with a service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def answer(self, asked: Asked, record: RequestRecord) -> Response:
+        """Answer a request."""
+        name, target, request = asked
+        runner = self.service.registry.find(target.name, target.version)
+        x = rows_of(runner, request)
+        outputs = wanted_outputs(runner, request, mc=target.mc)
+        manifest = runner.manifest
+        head: dict[str, object] = {"model_name": name, "model_version": str(manifest.version)}
+        if request.id is not None:
+            head["id"] = request.id
+        if target.mc:
+            query = parse_query(request, x, runner)
+            answer = await self.service.uncertainty(query, record)
+            told = (
+                ["passes", "seed"] if query.tolerance is None else ["passes", "seed", "converged"]
+            )
+            head["parameters"] = {name: answer[name] for name in told}
+        else:
+            if request.parameters:
+                raise InputError("parameters", f"none are allowed but for {target.name}{MC}")
+            answer = await self.service.predict(x, manifest.name, manifest.version, record)
+        columns = [(each.name, as_column(answer[each.name]), each.binary) for each in outputs]
+        content, length = codec.write_response(head, columns)
+        if length is None:
+            return Response(200, content, [(b"content-type", JSON)])
+        return Response(
+            200,
+            content,
+            [
+                (b"content-type", b"application/octet-stream"),
+                (HEADER_LENGTH, str(length).encode()),
+            ],
+        )
+
+
+def parse_header_length(headers: Headers) -> int | None:
+    """Return the length of the JSON that binary tensors follow, or None without such a header."""
+    value = headers.get(HEADER_LENGTH)
+    if value is None:
+        return None
+    if not re.fullmatch(rb"[0-9]{1,10}", value):
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST, "Inference-Header-Content-Length must be a whole number"
+        )
+    return int(value)
+
+
+def rows_of(runner: ModelRunner, request: InferRequest) -> Rows:
+    """Return the model's input tensor as rows."""
+    expected = runner.manifest.input
+    for number, tensor in enumerate(request.inputs):
+        if tensor.name != expected.name:
+            raise InputError(
+                f"inputs.{number}.name",
+                f"must be {expected.name}, the one input, not {tensor.name[:100]!r}",
+            )
+    (tensor,) = request.inputs
+    count, *rest = tensor.values.shape
+    if rest not in (list(expected.shape), [runner.row_length]):
+        raise InputError(
+            "inputs.0.shape",
+            f"must be {[-1, *expected.shape]}, not {list(tensor.values.shape)}",
+        )
+    return tensor.values.reshape(count, *expected.shape)
+
+
+def wanted_outputs(runner: ModelRunner, request: InferRequest, *, mc: bool) -> list[WantedOutput]:
+    """Return the outputs that a request names, or all."""
+    names = [each.name for each in model_outputs(runner, mc=mc)]
+    if request.outputs is None:
+        return [WantedOutput(name, request.binary) for name in names]
+    for number, output in enumerate(request.outputs):
+        if output.name not in names:
+            raise InputError(
+                f"outputs.{number}.name",
+                f"must be one of {', '.join(names)}, not {output.name[:100]!r}",
+            )
+    return request.outputs
+
+
+def parse_query(request: InferRequest, x: Rows, runner: ModelRunner) -> Query:
+    """Return the query of a request for NAME.mc."""
+    for name in request.parameters.keys() - set(PARAMETERS):
+        raise InputError("parameters", f"allowed are {', '.join(PARAMETERS)}, not {name[:100]!r}")
+    asked = UncertaintyRequest.model_validate({"inputs": [], **request.parameters})
+    manifest = runner.manifest
+    return replace(asked.query(), inputs=x, model=manifest.name, version=manifest.version)
+
+
+def as_column(values: object) -> Column:
+    """Return the values that an answer holds under the name of an output."""
+    assert isinstance(values, np.ndarray | list)
+    return values
+
+
+def model_outputs(runner: ModelRunner, *, mc: bool) -> list[TensorDescription]:
+    """Describe the outputs of a model, or of its Monte Carlo answer."""
+    matrix = [-1, len(runner.manifest.outputs.labels)]
+    if mc:
+        columns = {"mean": matrix, "std": matrix}
+        if runner.is_classifier:
+            columns["mutual_information"] = [-1]
+    else:
+        columns = {"probabilities" if runner.is_classifier else "values": matrix}
+    found = [TensorDescription(name=n, datatype="FP32", shape=s) for n, s in columns.items()]
+    if runner.is_classifier and not mc:
+        found.append(TensorDescription(name="labels", datatype="BYTES", shape=[-1]))
+    return found

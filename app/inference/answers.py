@@ -1,0 +1,119 @@
+"""Answers: dictionaries of arrays, under the names that the HTTP interface has for them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dropserve.app.inference.batch import Prediction
+from dropserve.app.inference.query import Query
+from dropserve.app.uncertainty import conformal, statistics, summary
+from dropserve.app.uncertainty.statistics import Samples, Spreads
+from dropserve.app.uncertainty.summary import Summary
+from dropserve.export.bundle import Manifest
+
+Answer = dict[str, object]
+
+
+def identity(manifest: Manifest) -> Answer:
+    """Return name and version of the model that answers."""
+    return {"model": manifest.name, "version": manifest.version}
+
+
+def labels(manifest: Manifest, largest: Sequence[int]) -> list[str]:
+    """Return the label of each row's likeliest class."""
+    names = manifest.outputs.labels
+    return [names[place] for place in largest]
+
+
+def prediction(manifest: Manifest, found: Prediction) -> Answer:
+    """Answer with eval mode: class probabilities or values ``[B, C]``."""
+    answer = identity(manifest)
+    if manifest.task == "classification":
+        answer["labels"] = labels(manifest, found.largest)
+        answer["probabilities"] = found.outputs
+    else:
+        answer["values"] = found.outputs
+    return answer
+
+
+def uncertainty(manifest: Manifest, query: Query, seed: int, passes: int, found: Summary) -> Answer:
+    """Answer with the statistics of the passes.
+
+    Parameters
+    ----------
+    manifest
+        The model's.
+    query
+        The request.
+    seed, passes
+        Seed and number of the passes that were drawn.
+    found
+        Their summary.
+    """
+    moments, interval, parts = found
+    answer = identity(manifest) | {"passes": passes, "seed": seed}
+    if manifest.task == "classification":
+        answer["labels"] = labels(manifest, moments.mean.argmax(axis=1).tolist())
+    answer |= {
+        "mean": moments.mean,
+        "std": moments.std,
+        # Unknown for a single pass.
+        "standard_error": None if passes == 1 else moments.standard_error,
+        "interval": {"level": query.interval, "lower": interval.lower, "upper": interval.upper},
+        "converged": None
+        if query.tolerance is None
+        # As Python's floats: a tolerance may exceed float32. NaN, for one pass, is within none.
+        else float(moments.standard_error.max()) <= query.tolerance,
+    }
+    if isinstance(parts, Spreads):
+        answer |= {
+            "epistemic_std": parts.epistemic_std,
+            "aleatoric_std": parts.aleatoric_std,
+            "total_std": parts.total_std,
+        }
+    else:
+        answer |= {
+            "predictive_entropy": parts.predictive_entropy,
+            "expected_entropy": parts.expected_entropy,
+            "mutual_information": parts.mutual_information,
+            "variation_ratio": parts.variation_ratio,
+        }
+    if query.coverage is not None:
+        answer |= conformal.prediction_region(manifest, query.coverage, found)
+    return answer
+
+
+def passes(
+    manifest: Manifest,
+    samples: Samples,
+    found: Summary,
+    deterministic: Prediction,
+    kept: Sequence[float],
+) -> Answer:
+    """Answer with the passes themselves.
+
+    Parameters
+    ----------
+    manifest
+        The model's.
+    samples
+        ``[T, B, C]``, or ``[T, B, 2C]`` with a noise head.
+    found
+        Their summary.
+    deterministic
+        The same rows in eval mode.
+    kept
+        Share of units that the masks kept, for each site.
+    """
+    gap = None
+    if len(samples) > 1:
+        gap = statistics.expectation_gap(found.moments, deterministic.outputs)
+    return {
+        "samples": np.ascontiguousarray(summary.values(manifest, samples)),
+        "deterministic": deterministic.outputs,
+        "expectation_gap": gap,
+        "sites": [
+            {"name": site.name, "p": site.p, "scaling": site.scaling, "kept": share}
+            for site, share in zip(manifest.sites, kept, strict=True)
+        ],
+    }
