@@ -11,7 +11,7 @@ from dropserve.app.inference import providers
 from dropserve.app.inference.engine import Engine
 from dropserve.app.inference.registry import load_engines
 
-HAS_GPU = providers.load_fault(providers.DRIVER) is None
+HAS_GPU = providers.linker_error(providers.DRIVER) is None
 
 
 def bundle(built: Path) -> loader.Bundle:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +95,8 @@ class Toy:
         await answer(send, 200 if scope["path"] == "/health" else 503, b"crowded")
 
     def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
-        return with_id(problems.write(problems.Problem(status, detail), "id"), "id")
+        request_id = uuid.uuid4().hex
+        return with_id(problems.write(problems.Problem(status, detail), request_id), request_id)
 
     def drain(self) -> None:
         self.draining = True

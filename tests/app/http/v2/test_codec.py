@@ -298,7 +298,7 @@ def test_binary_data_that_is_missing_or_left_over_is_refused_with_the_numbers() 
 @pytest.mark.parametrize("length", [-1, 10**9])
 def test_a_header_that_is_not_within_the_body_is_refused(length: int) -> None:
     with pytest.raises(
-        HTTPException, match=r"^Inference-Header-Content-Length must be from 0 to 2"
+        HTTPException, match=r"^400: Inference-Header-Content-Length must be from 0 to 2"
     ):
         parse_request(b"{}", length)
 
