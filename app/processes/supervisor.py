@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from uvicorn.config import STARTUP_FAILURE
 
-from dropserve.app.processes.ipc import Asked, Change, Line, Replies, Serving, Unanswered
+from dropserve.app.processes.ipc import Broadcast, Change, Channel, Replies, Serving, Unanswered
 
 # How long a worker may take to answer what another asks of all.
 ANSWER_SECONDS = 60.0
@@ -76,8 +76,8 @@ class Worker:
         # Its log lines may come after it is closed.
         self.pid = process.pid
         self.silent = asyncio.Event()
-        self.line = Line(link, partial(handle, self), self.silent.set)
-        self.line.start()
+        self.channel = Channel(link, partial(handle, self), self.silent.set)
+        self.channel.start()
         # Of its answers, the last that is to be kept.
         self.last: object = None
 
@@ -243,7 +243,7 @@ class Supervisor:
         with suppress(TimeoutError):
             await asyncio.wait_for(worker.silent.wait(), SILENCE_SECONDS)
         status = worker.process.exitcode or 0
-        worker.line.close()
+        worker.channel.close()
         worker.process.close()
         self.workers.remove(worker)
         if self.stopping.is_set():
@@ -275,7 +275,7 @@ class Supervisor:
     async def answer(self, worker: Worker, content: object) -> object:
         """Answer what a worker asks."""
         match content:
-            case Asked(question, answer):
+            case Broadcast(question, answer):
                 return await self.ask_others(worker, question, answer)
             case Change(question):
                 await self.change(worker, question)
@@ -302,7 +302,7 @@ class Supervisor:
         """Have all workers change what they serve, first the one who asks: raise what it raises."""
         async with self.changing:
             if asker:
-                self.state = await asker.line.ask(Change(question), self.answer_seconds)
+                self.state = await asker.channel.request(Change(question), self.answer_seconds)
             others = [worker for worker in self.workers if worker is not asker]
             states = await self.ask_all(others, Change(question))
             if not asker:
@@ -314,7 +314,7 @@ class Supervisor:
 
         async def ask(worker: Worker) -> None:
             try:
-                answers[worker] = await worker.line.ask(question, self.answer_seconds)
+                answers[worker] = await worker.channel.request(question, self.answer_seconds)
             except Unanswered as error:
                 log.error("worker %d is left out of an answer: %s", worker.pid, error)
             else:
