@@ -2,7 +2,7 @@
 
 A worker and the parent process (``supervisor``) hold the two ends of a socket pair. A worker's
 request to all others goes to the parent, which passes it on and gathers the answers. No process
-ever waits for another to read: what a socket does not take at once is buffered and sent later.
+ever waits for another to read: bytes that a socket does not take at once are sent later.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ class Replies(NamedTuple):
     """The outcome of a request to all workers."""
 
     answers: list[object]  # one for each living worker that answers, the asking one's first
-    gone: object  # what the parent keeps of dead workers' answers; None: nothing
+    gone: object  # dead workers' answers, as the parent has folded them; None: none kept
     deaths: int  # workers that have died since the service was started
 
 
 class Serving(NamedTuple):
     """Message to the parent: this worker's event loop runs."""
 
-    state: object  # what the worker serves
+    state: object  # served by the worker
 
 
 class Broadcast(NamedTuple):
@@ -52,7 +52,7 @@ class Broadcast(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Request to a worker: change what it serves; the response is what it serves then."""
+    """Request to a worker: change the served state; the response is the new state."""
 
     content: object
 
@@ -63,14 +63,14 @@ class Group:
     Parameters
     ----------
     handle
-        Answers a request in this process, on the event loop. Two workers may ask each other at the
-        same moment, so it must not wait for anything that this worker holds while it asks.
+        Answers a request in this process, on the event loop. Two workers may send requests to each
+        other at the same moment, so it must not wait for a lock that is held during a request.
     link
         Socket to the parent; None: this is the only process.
     orphaned
         Called when the parent is gone.
     state
-        Returns what is served, so that a worker started later can be told to serve the same.
+        Returns the served state, so that workers started later can begin with the same.
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class Group:
         return replies
 
     async def change(self, content: object) -> None:
-        """Have all workers change what they serve, this one first; one change after the other.
+        """Have all workers change the served state, this one first; one change after the other.
 
-        Raises as ``ask`` does. Workers started later serve what is served after the change.
+        Raises as ``ask`` does. Workers started later begin with the new state.
         """
         if self.channel is None:
             await self.handle(content)
@@ -171,7 +171,7 @@ class Channel:
         self.closed = False
         self.numbers = itertools.count()
         self.waiting: dict[int, asyncio.Future[object]] = {}
-        # The event loop itself does not keep its tasks alive.
+        # The event loop keeps only weak references to tasks.
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:

@@ -216,7 +216,7 @@ def test_a_process_that_does_not_read_gets_no_more_requests_until_it_does(run: R
     async def scenario() -> None:
         async with one_end() as (end, theirs):
             content = bytes(MOST_UNSENT // 2)
-            # The socket takes less than a message, so the third exceeds what is kept.
+            # The socket takes less than a message, so the third exceeds the limit.
             for _ in range(3):
                 await unanswered(end.channel.request(content, 0.01), "no answer within")
             buffered = end.channel.writer.transport.get_write_buffer_size()
