@@ -7,7 +7,6 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dropserve.app.observability.record import MAX_TIMEOUT_MS
-from dropserve.app.processes.cpus import available
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
@@ -84,13 +83,3 @@ class Settings(BaseSettings):
     def origins(self) -> tuple[str, ...]:
         """Return the origins whose pages may send requests."""
         return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
-
-    def sized(self) -> tuple[int, int]:
-        """Return workers and threads as numbers, ``auto`` by the CPUs this process may use."""
-        cpus = available()
-        if self.workers == "auto":
-            threads = 1 if self.threads == "auto" else self.threads
-            return max(1, cpus // threads), threads
-        return self.workers, max(
-            1, cpus // self.workers if self.threads == "auto" else self.threads
-        )

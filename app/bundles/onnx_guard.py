@@ -1,14 +1,13 @@
 """Refuse an ONNX graph that reaches outside its own bytes.
 
-onnxruntime reads what a graph names as external data, and does so for a graph that came as bytes:
-version 1.31 then reads any file below the service's working directory. It also loads operators
-that are not ONNX's, and files in a format of its own. None of that is in a bundle that ``export``
-wrote.
+onnxruntime reads the files that a graph names as external data, even for a graph loaded from bytes:
+version 1.31 then reads any file below the service's working directory. It also loads custom
+operators, and files in a format of its own. A bundle written by ``export`` has none of these.
 
-A graph is looked at before onnxruntime sees it, and without onnx or protobuf, which the service
-does not have: a walk over protobuf's wire format, from field to field. It goes only into messages
-that can hold a tensor or an operator; all else, weights above all, is jumped over and not copied.
-It does not ask whether the graph makes sense: that is onnxruntime's to say.
+The check runs before onnxruntime sees the graph, and without onnx or protobuf, which the service
+does not install: it walks protobuf's wire format from field to field. It enters only messages that
+can hold a tensor or an operator; all other fields, weights above all, are skipped and not copied.
+It does not validate the graph otherwise: onnxruntime does.
 
 References
 ----------
@@ -18,7 +17,7 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto for the messages and fiel
 
 from dropserve.export.bundle import BundleError
 
-# Of each message, the fields that lead on, and to what.
+# For each message, the fields to enter, and the message in each.
 LEADS: dict[str, dict[int, str]] = {
     "ModelProto": {
         7: "GraphProto",  # graph
@@ -50,43 +49,43 @@ LEADS: dict[str, dict[int, str]] = {
     "OperatorSetIdProto": {},
     "TensorProto": {},
 }
-# The field ``domain`` of each message that names an operator's.
+# The field ``domain`` of each message that names the domain of an operator.
 DOMAINS = {"NodeProto": 7, "OperatorSetIdProto": 1, "FunctionProto": 10}
 ONNX_DOMAINS = (b"", b"ai.onnx")
-# TensorProto's; the second is an enumeration whose 0 says that the data are in place.
+# Fields of TensorProto; the second is an enumeration whose 0 means that the data are in place.
 EXTERNAL_DATA, DATA_LOCATION = 13, 14
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FIXED = {FIXED64: 8, FIXED32: 4}
 MAX_VARINT_BYTES = 10
 MAX_TAG = 2**32 - 1
-# Of messages in messages, as protobuf itself has it.
+# Levels of nested messages, as in protobuf itself.
 MAX_DEPTH = 100
-# In bytes 4 to 8. It counts even where the bytes are protobuf too.
+# Bytes 4 to 8 of such a file. onnxruntime goes by them even if the file is valid protobuf too.
 ORT_FORMAT = b"ORTM"
 
 
 class Malformed(Exception):
-    """These bytes are no message."""
+    """The bytes are not a protobuf message."""
 
 
 def check(file: str, graph: bytes) -> None:
-    """Raise BundleError unless a serialized ModelProto is all there is to a model.
+    """Raise BundleError unless a serialized ModelProto is a self-contained model.
 
-    Takes time linear in the number of fields, and memory for ``MAX_DEPTH`` of them.
+    Time is linear in the number of fields; memory is bounded by ``MAX_DEPTH``.
 
     Parameters
     ----------
     file
-        What the message calls the graph.
+        Name of the graph's file, for the error message.
     graph
-        The content of the file.
+        Content of the file.
 
     Raises
     ------
     BundleError
-        If it keeps data of any tensor elsewhere, has operators that are not ONNX's own, or is not
-        well-formed.
+        If any tensor has external data, any operator is not one of ONNX's own, or the graph is
+        malformed.
     """
     if graph[4:8] == ORT_FORMAT:
         raise BundleError(f"{file} is in a format of onnxruntime's own, not in ONNX's")
@@ -99,16 +98,16 @@ def check(file: str, graph: bytes) -> None:
 
 
 def find_fault(graph: bytes) -> str | None:
-    """Say what reaches outside in a serialized ModelProto.
+    """Return how a serialized ModelProto reaches outside its own bytes; None: it does not.
 
     Raises
     ------
     Malformed
-        If it is none.
+        If the bytes are not a ModelProto.
     """
     at = 0
-    # The messages around the place, each with where it ends. No recursion: its depth would be the
-    # graph's to choose.
+    # The messages around this position, each with its end. Not recursive: the graph would choose
+    # the depth of the recursion.
     around = [("ModelProto", len(graph))]
     while around:
         message, end = around[-1]
@@ -118,7 +117,7 @@ def find_fault(graph: bytes) -> str | None:
         start = at
         tag, at = read_varint(graph, at, end)
         field, wire_type = tag >> 3, tag & 7
-        # Of a larger tag protobuf would drop bits, and so see another field.
+        # Protobuf would drop bits of a larger tag, and so see another field.
         if field == 0 or tag > MAX_TAG:
             raise Malformed(f"no field at byte {start}")
         value = 0
@@ -155,7 +154,7 @@ def find_fault(graph: bytes) -> str | None:
 
 
 def read_varint(graph: bytes, at: int, end: int) -> tuple[int, int]:
-    """Return the number at a place, seven bits a byte, and the place behind it."""
+    """Return the varint at a position (seven bits a byte), and the position after it."""
     value = 0
     for count, byte in enumerate(graph[at : min(at + MAX_VARINT_BYTES, end)]):
         value |= (byte & 0x7F) << 7 * count

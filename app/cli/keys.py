@@ -1,4 +1,4 @@
-"""``dropserve key new``: make an API key, print it once, keep its hash."""
+"""``dropserve key new``: make an API key, print it once, store its hash."""
 
 import argparse
 import contextlib
@@ -16,13 +16,13 @@ from dropserve.app.security.api_keys import NAME, Entry, KeysFile, Scope, digest
 from dropserve.commandline import OneLineParser
 
 FILE_VARIABLE = "DROPSERVE_API_KEYS_FILE"
-# By it, those who look for leaked secrets know one.
+# Secret scanners recognise a leaked key by it.
 PREFIX = "ds_"
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 class NameTaken(Exception):
-    """A key of this name is in the file."""
+    """The file has a key of this name already."""
 
 
 def command(arguments: Sequence[str], prog: str) -> int:
@@ -80,7 +80,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     new.add_argument(
         "--file",
         type=Path,
-        # An empty variable is as good as none.
+        # An empty variable counts as unset.
         default=os.environ.get(FILE_VARIABLE) or None,
         help=f"the keys file, made if there is none; by default ${FILE_VARIABLE}",
     )
@@ -88,7 +88,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def read_scopes(text: str) -> list[Scope]:
-    """Read scopes with commas between them."""
+    """Read scopes separated by commas."""
     found: list[Scope] = []
     for word in text.split(","):
         scope = next((scope for scope in SCOPES if scope == word.strip()), None)
@@ -116,16 +116,16 @@ def free_name(taken: Sequence[str]) -> str:
 
 
 def add(file: Path, name: str | None, sha256: str, scopes: tuple[Scope, ...]) -> str:
-    """Add a key to a file, which is made if there is none; return the key's name.
+    """Add a key to a file, which is created if missing; return the key's name.
 
     Raises
     ------
     NameTaken
         If the file has a key of this name.
     StartError
-        If the file is not as it should be, or cannot be written. It is as it was, then.
+        If the file is malformed, or cannot be written; it is left unchanged.
     """
-    # What a link leads to is replaced, not the link.
+    # Replace the target of a link, not the link.
     place = Path(os.path.realpath(file))
     try:
         with locked(place.parent):
@@ -144,26 +144,26 @@ def add(file: Path, name: str | None, sha256: str, scopes: tuple[Scope, ...]) ->
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other commands from a folder, until the block ends.
+    """Lock a folder against other commands until the block ends.
 
-    The lock is on the folder itself: on the file it would be lost as that is replaced, and a file
-    of its own would be left behind.
+    The lock is on the folder itself: a lock on the keys file would be lost when the file is
+    replaced, and a separate lock file would be left behind.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        # The new name of a file is kept by its folder.
+        # A file's new name survives a crash only once its folder is synced.
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def replace(file: Path, text: str) -> None:
-    """Write a file beside and rename it, so that there is the old one or the new one, whole.
+    """Replace a file atomically: write a new one beside it, then rename.
 
-    The new one has the old one's mode and owner: whom it belongs to must still be able to read it,
-    whoever adds a key. Where there is no old one, only its maker may read it.
+    The new file gets the old one's mode and owner, so that the owner can still read it after
+    another user adds a key. Without an old file, only its creator may read it.
     """
     descriptor, beside = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:

@@ -14,6 +14,7 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 from dropserve.app.errors import StartError
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.observability import logs
+from dropserve.app.processes import cpus
 from dropserve.app.processes.supervisor import Keep, supervise
 from dropserve.app.processes.worker import (
     Reload,
@@ -25,9 +26,9 @@ from dropserve.app.processes.worker import (
 )
 from dropserve.app.settings import Settings
 
-# Connections that wait to be taken; more than a burst of clients opens at once.
+# Queue of connections not yet accepted; longer than a burst of new clients.
 BACKLOG = 2048
-# What workers get to end in, beyond the time to drain, before they are killed.
+# Time that workers get to exit after the drain, before they are killed.
 MARGIN_SECONDS = 5
 
 log = logging.getLogger("app")
@@ -46,23 +47,23 @@ def command(arguments: Sequence[str], prog: str) -> int:
         return 2
     except ValidationError as error:
         found = error.errors()
-        # An option that may be one thing or another has an error for each.
+        # An option of several types has an error for each of them.
         option = found[0]["loc"][0]
         said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
         print(f"{prog}: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
         return 2
     logs.configure(logging.INFO)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Until there is something to drain.
+        # Until the server's own handlers take over.
         signal.signal(number, lambda *_: sys.exit(0))
-    # What that asks to be read again is being read.
+    # Ignore SIGHUP until start-up has loaded everything.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # A connection is an open file, and what a shell allows may be few.
+    # Each connection is an open file, and the soft limit of a shell is low.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    workers, threads = settings.sized()
+    workers, threads = cpus.share(settings.workers, settings.threads)
     try:
-        # With several workers this is only to find what is wrong once, before they start.
+        # With several workers, this only reports faults once, before the workers start.
         read_keys(settings)
         engines = load_engines(settings.models, settings.device, threads)
     except StartError as error:
@@ -77,7 +78,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
     many = "1 worker" if workers == 1 else f"{workers} workers"
     log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
     worker = Worker(settings, engines) if workers == 1 else None
-    # What is unloaded is to be let go of.
+    # This reference would keep unloaded models in memory.
     del engines
     if worker:
         worker.serve(listener)
@@ -93,6 +94,12 @@ def command(arguments: Sequence[str], prog: str) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the port, before anything is said to be there."""
+    """Open the port of an IPv4 or IPv6 address; ``host`` may also be a name.
+
+    Raises
+    ------
+    OSError
+        If the address cannot be resolved or is in use.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)

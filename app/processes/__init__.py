@@ -1,1 +1,1 @@
-"""The processes of a service: one worker, or several and their supervisor."""
+"""Processes of the service: a single worker, or several with a supervisor."""

@@ -1,8 +1,8 @@
-"""The worker processes that serve together: what is asked of one can be asked of all.
+"""Messages between the worker processes: a request to one of them can be put to all.
 
-A worker and the parent process (``supervisor``) hold the two ends of a pair of sockets. A worker
-that asks all others asks the parent, which passes the question on and gathers the answers. No
-process ever waits to be read: what a socket does not take at once is kept and sent later.
+A worker and the parent process (``supervisor``) hold the two ends of a socket pair. A worker's
+request to all others goes to the parent, which passes it on and gathers the answers. No process
+ever waits for another to read: bytes that a socket does not take at once are sent later.
 """
 
 import asyncio
@@ -10,63 +10,67 @@ import itertools
 import logging
 import pickle
 import socket
-from collections.abc import Awaitable, Callable
+import struct
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import NamedTuple
 
 Handle = Callable[[object], Awaitable[object]]
 
-LENGTH_BYTES = 4
-# Messages are small: a process that leaves so much unread is stuck, and is not asked meanwhile.
+# In front of each message: its length in bytes.
+LENGTH = struct.Struct("!I")
+# Messages are small: a process that leaves this many bytes unread is stuck, and gets no further
+# request until it reads them.
 MOST_UNSENT = 4 * 2**20
 
 log = logging.getLogger(__name__)
 
 
 class Unanswered(Exception):
-    """A question that gets no answer: the process is gone or stuck, or takes too long."""
+    """A request gets no answer: the other process is gone, stuck or too slow."""
 
 
 class Replies(NamedTuple):
-    """What became of a question to all workers."""
+    """The outcome of a request to all workers."""
 
-    answers: list[object]  # one for each living worker that answers, own first
-    gone: object  # what is kept of workers that died; None: nothing
-    deaths: int  # workers that died since the service was started
+    answers: list[object]  # one for each living worker that answers, the asking one's first
+    gone: object  # dead workers' answers, as the parent has folded them; None: none kept
+    deaths: int  # workers that have died since the service was started
 
 
 class Serving(NamedTuple):
-    """A worker tells the parent that its event loop runs, and what it then serves."""
+    """Message to the parent: this worker's event loop runs."""
 
-    state: object
+    state: object  # served by the worker
 
 
-class Asked(NamedTuple):
-    """A worker asks the parent to ask all others, and brings its own answer."""
+class Broadcast(NamedTuple):
+    """Request to the parent: put a request to all other workers, and gather their answers."""
 
-    question: object
-    answer: object
+    content: object
+    answer: object  # of the worker that asks
 
 
 class Change(NamedTuple):
-    """A worker is asked to change what it serves; it answers with what it serves then."""
+    """Request to a worker: change the served state; the response is the new state."""
 
-    question: object
+    content: object
 
 
 class Group:
-    """The worker processes that serve together, seen from one of them.
+    """All worker processes of a service, as one of them sees them.
 
     Parameters
     ----------
     handle
-        Answers a question in this process, on the event loop. Two workers may ask each other at
-        the same moment, so it must not wait for anything that is held while this one asks.
+        Answers a request in this process, on the event loop. Two workers may send requests to each
+        other at the same moment, so it must not wait for a lock that is held during a request.
     link
-        To the parent; None: this is the only process.
+        Socket to the parent; None: this is the only process.
     orphaned
         Called when the parent is gone.
     state
-        Says what is served, so that a worker started later can be told to serve the same.
+        Returns the served state, so that workers started later can begin with the same.
     """
 
     def __init__(
@@ -78,223 +82,211 @@ class Group:
     ) -> None:
         self.handle = handle
         self.state = state
-        self.line = None if link is None else Line(link, self.answer, orphaned)
+        self.channel = None if link is None else Channel(link, self.answer, orphaned)
 
     def start(self) -> None:
-        """Begin to listen, on the running event loop."""
-        if self.line:
-            self.line.start()
-            self.line.tell(Serving(self.state()))
+        """Take requests, and tell the parent so; called on the running event loop."""
+        if self.channel:
+            self.channel.start()
+            self.channel.notify(Serving(self.state()))
 
     def close(self) -> None:
-        """Ask and answer no more."""
-        if self.line:
-            self.line.close()
+        """Leave the group: no requests go out or come in any more."""
+        if self.channel:
+            self.channel.close()
 
     async def answer(self, content: object) -> object:
-        """Answer what the parent asks."""
+        """Answer a request of the parent."""
         if isinstance(content, Change):
-            await self.handle(content.question)
+            await self.handle(content.content)
             return self.state()
         return await self.handle(content)
 
-    async def ask(self, question: object) -> Replies:
-        """Ask this worker, then all others.
+    async def ask(self, content: object) -> Replies:
+        """Put a request to this worker, then to all others.
 
-        What ``handle`` raises here is raised, and nobody else is asked; then what it raises in
-        another worker is, once all have answered.
+        An exception raised by ``handle`` in this worker is raised here, and the others are not
+        asked. An exception in another worker is raised here once all have answered.
 
         Raises
         ------
         Unanswered
             If the parent is gone.
         """
-        answer = await self.handle(question)
-        if self.line is None:
+        answer = await self.handle(content)
+        if self.channel is None:
             return Replies([answer], None, 0)
-        replies = await self.line.ask(Asked(question, answer))
+        replies = await self.channel.request(Broadcast(content, answer))
         assert isinstance(replies, Replies)
         return replies
 
-    async def change(self, question: object) -> None:
-        """Have all workers change what they serve, this one first; one change after the other.
+    async def change(self, content: object) -> None:
+        """Have all workers change the served state, this one first; one change after the other.
 
-        Raises as ``ask`` does. Workers that are started from now on are given what is served then.
+        Raises as ``ask`` does. Workers started later begin with the new state.
         """
-        if self.line is None:
-            await self.handle(question)
+        if self.channel is None:
+            await self.handle(content)
         else:
-            await self.line.ask(Change(question))
+            await self.channel.request(Change(content))
 
 
-class Question(NamedTuple):
-    """What is sent to ask; nobody waits for the answer where there is no number."""
+class Request(NamedTuple):
+    """A message to handle; without a number no response is wanted."""
 
     number: int | None
     content: object
 
 
-class Reply(NamedTuple):
-    """What is sent to answer, or to say what went wrong instead."""
+class Response(NamedTuple):
+    """The answer to the request of the same number, or the exception raised instead."""
 
     number: int
     content: object
     error: Exception | None = None
 
 
-class Line:
-    """One end of a pair of sockets between two processes: each asks and answers the other.
+class Channel:
+    """One end of a connection between two processes; both send requests and responses.
 
     Parameters
     ----------
     end
-        A stream socket that is connected to the other process.
+        A Unix stream socket that is connected to the other process; the channel closes it.
     handle
-        Answers what the other process asks; what it raises is raised over there.
+        Answers a request of the other process; an exception raised here is raised there.
     ended
-        Called when the other process is gone or has closed its end.
+        Called when the connection ends other than by ``close``: the other process is gone, or has
+        closed its end.
     """
+
+    # Set by the time that ``opened`` is, unless the channel is closed by then.
+    writer: asyncio.StreamWriter
 
     def __init__(self, end: socket.socket, handle: Handle, ended: Callable[[], None]) -> None:
         self.end = end
         self.handle = handle
         self.ended = ended
+        self.opened = asyncio.Event()
         self.closed = False
-        self.received = bytearray()
-        self.unsent = bytearray()
         self.numbers = itertools.count()
-        self.asked: dict[int, asyncio.Future[object]] = {}
-        # The event loop itself does not keep its tasks alive.
+        self.waiting: dict[int, asyncio.Future[object]] = {}
+        # The event loop keeps only weak references to tasks.
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to listen, on the running event loop."""
-        self.end.setblocking(False)
-        asyncio.get_running_loop().add_reader(self.end, self.read)
+        self.run(self.listen())
 
     def close(self) -> None:
-        """Close this end; what was asked and is not answered yet never will be."""
+        """Close this end, dropping unsent messages; requests under way raise Unanswered."""
         if self.closed:
             return
         self.closed = True
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.end)
-        loop.remove_writer(self.end)
-        self.end.close()
-        for answer in self.asked.values():
+        if self.opened.is_set():
+            # Unlike close(), it does not wait for the other process to read.
+            self.writer.transport.abort()
+        self.opened.set()
+        for answer in self.waiting.values():
             if not answer.done():
                 answer.set_exception(Unanswered("the process is gone"))
 
-    def tell(self, content: object) -> None:
-        """Ask without an answer: what goes wrong over there is logged over there."""
-        self.send(Question(None, content))
+    def notify(self, content: object) -> None:
+        """Send a request without a response: an exception over there is logged over there."""
+        self.run(self.send(Request(None, content)))
 
-    async def ask(self, content: object, seconds: float | None = None) -> object:
-        """Ask the other process.
+    async def request(self, content: object, seconds: float | None = None) -> object:
+        """Send a request; return the other process's answer.
 
         Raises
         ------
         Unanswered
-            If it is gone or stuck, or does not answer within ``seconds``.
+            If the other process is gone or stuck, or does not answer within ``seconds``.
         Exception
-            Whatever is raised over there.
+            Whatever ``handle`` raises over there.
         """
+        await self.opened.wait()
         if self.closed:
             raise Unanswered("the process is gone")
-        if len(self.unsent) > MOST_UNSENT:
+        if self.writer.transport.get_write_buffer_size() > MOST_UNSENT:
             raise Unanswered("the process has stopped listening")
         number = next(self.numbers)
-        self.send(Question(number, content))
-        answer = self.asked[number] = asyncio.get_running_loop().create_future()
+        answer = self.waiting[number] = asyncio.get_running_loop().create_future()
         try:
+            await self.send(Request(number, content))
             await asyncio.wait([answer], timeout=seconds)
             if not answer.done():
                 raise Unanswered(f"no answer within {seconds} s")
             return answer.result()
         finally:
-            del self.asked[number]
+            del self.waiting[number]
 
-    def send(self, message: Question | Reply) -> None:
-        """Send a message, now or when the other process has read what was sent before."""
+    async def send(self, message: Request | Response) -> None:
+        """Send a message, or keep it until the other process has read the ones before."""
         content = pickle.dumps(message)
-        if not self.closed:
-            self.unsent += len(content).to_bytes(LENGTH_BYTES) + content
-            self.write()
+        await self.opened.wait()
+        # It may be closing already where ``listen`` is still to see that the other process is gone.
+        if not self.closed and not self.writer.is_closing():
+            self.writer.write(LENGTH.pack(len(content)) + content)
 
-    def write(self) -> None:
-        """Send as much as the socket takes."""
+    async def listen(self) -> None:
+        """Take messages until one of the processes closes its end."""
         try:
-            sent = self.end.send(self.unsent)
-        except BlockingIOError:
-            sent = 0
-        except ConnectionError:
-            # There is nobody to send to, which reading notices too.
-            sent = len(self.unsent)
-        del self.unsent[:sent]
-        if self.unsent:
-            asyncio.get_running_loop().add_writer(self.end, self.write)
-        else:
-            asyncio.get_running_loop().remove_writer(self.end)
+            reader, self.writer = await asyncio.open_unix_connection(sock=self.end)
+            if self.closed:
+                self.writer.transport.abort()
+            self.opened.set()
+            # It is reset where the other process ends without having read all of its messages.
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                    # Only our own processes hold the ends, so unpickling runs no foreign code.
+                    self.receive(pickle.loads(await reader.readexactly(length)))
+        finally:
+            if not self.closed:
+                self.close()
+                self.ended()
 
-    def read(self) -> None:
-        """Take what has come."""
-        try:
-            content = self.end.recv(2**16)
-        except BlockingIOError:
+    def receive(self, message: Request | Response) -> None:
+        """Begin to answer a request, or hand a response to the request that waits for it."""
+        if isinstance(message, Request):
+            self.run(self.respond(message))
             return
-        except ConnectionError:
-            # It has ended without reading all that it was sent.
-            content = b""
-        if not content:
-            self.close()
-            self.ended()
-            return
-        self.received += content
-        while len(self.received) >= LENGTH_BYTES:
-            end = LENGTH_BYTES + int.from_bytes(self.received[:LENGTH_BYTES])
-            if len(self.received) < end:
-                break
-            # Only the two processes of ours hold an end, so unpickling runs nobody else's code.
-            message = pickle.loads(self.received[LENGTH_BYTES:end])
-            del self.received[:end]
-            self.take(message)
-
-    def take(self, message: Question | Reply) -> None:
-        """Begin to answer a question, or hand out an answer."""
-        if isinstance(message, Question):
-            task = asyncio.get_running_loop().create_task(self.answer(message))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-            return
-        answer = self.asked.get(message.number)
+        answer = self.waiting.get(message.number)
         if answer is None or answer.done():
-            # It comes too late.
+            # Nobody waits any more.
             return
         if message.error:
             answer.set_exception(message.error)
         else:
             answer.set_result(message.content)
 
-    async def answer(self, question: Question) -> None:
-        """Answer a question."""
-        number, content = question
+    async def respond(self, request: Request) -> None:
+        """Handle a request, and send the response where one is wanted."""
+        number, content = request
         try:
-            reply = await self.handle(content)
+            answer = await self.handle(content)
             if number is not None:
-                self.send(Reply(number, reply))
-        # Whatever it is, it concerns whoever asked.
+                await self.send(Response(number, answer))
+        # Any exception concerns the other process, not this one.
         except Exception as error:
             if number is None:
-                log.exception("cannot do as told: %r", content)
+                log.exception("cannot handle %r", content)
             else:
-                self.send(Reply(number, None, portable(error)))
+                await self.send(Response(number, None, portable(error)))
+
+    def run(self, step: Coroutine[object, object, None]) -> None:
+        """Run a coroutine as a task."""
+        task = asyncio.get_running_loop().create_task(step)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
 
 def portable(error: Exception) -> Exception:
     """Return an exception that another process can unpickle: the same, or one with its message."""
     try:
         pickle.loads(pickle.dumps(error))
-    # Any exception may fail here in any way: most often its class takes other arguments than one.
+    # Pickling may raise anything: most often the exception's class takes other arguments than one.
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

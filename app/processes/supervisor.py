@@ -1,11 +1,11 @@
-"""The parent of several worker processes: starts them, replaces those that die, stops them all.
+"""The parent of several worker processes: starts them, replaces dead ones, stops them all.
 
-It serves nothing itself. What one worker asks of all it passes on (see ``group``), and it keeps
-what must outlive a worker: what a new one has to know, and the counts of those that died.
+It serves no clients itself. It passes on requests from one worker to all (see ``ipc``), and keeps
+the state that must outlive a worker: the served state for new ones, and the counts of dead ones.
 
-It runs an event loop of its own and waits there for signals, for what workers say and for their
-ends, all at once. It never blocks on a worker: one that has stopped reading has its messages kept
-here, to a limit, and its answer left out.
+Its event loop waits for signals, for messages of workers and for their ends at once. It never
+blocks on a worker: messages to a worker that has stopped reading are buffered up to a limit, and
+its answers are left out.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 from uvicorn.config import STARTUP_FAILURE
 
-from dropserve.app.processes.ipc import Asked, Change, Line, Replies, Serving, Unanswered
+from dropserve.app.processes.ipc import Broadcast, Change, Channel, Replies, Serving, Unanswered
 
-# How long a worker may take to answer what another asks of all.
+# Longest wait for a worker's answer to a request of another worker.
 ANSWER_SECONDS = 60.0
-# Once this many have died within so many seconds, one is replaced after each pause.
+# Once this many workers have died within so many seconds, one is replaced after each pause.
 QUICK_DEATHS, QUICK_SECONDS, PAUSE_SECONDS = 3, 10.0, 1.0
-# How long to read on from a worker that has ended.
+# Longest wait for the last messages of a worker that has ended.
 SILENCE_SECONDS = 1.0
 
 spawn = multiprocessing.get_context("spawn")
@@ -40,17 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """What a new worker is given."""
+    """Arguments that a new worker gets from the parent."""
 
-    link: socket.socket  # for its Group
-    state: object  # what the others serve, or None
+    link: socket.socket  # of its Group
+    state: object  # served by the other workers, or None
 
 
 class Keep(NamedTuple):
-    """What of a worker's answers outlives it: the last that is ``kept``, folded into a whole."""
+    """Rules for the answers that outlive a dead worker: its last ``kept`` one, folded into one."""
 
     kept: Callable[[object], bool]
-    fold: Callable[[object, object], object]  # (None or what is kept of others, answer) -> both
+    fold: Callable[[object, object], object]  # (result of earlier folds or None, answer) -> both
 
 
 class Worker:
@@ -59,11 +59,11 @@ class Worker:
     Parameters
     ----------
     process
-        It, started.
+        The process, started.
     link
-        To it.
+        Socket to the process.
     handle
-        Answers what it asks.
+        Answers a request of the worker.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Worker:
         handle: Callable[["Worker", object], Awaitable[object]],
     ) -> None:
         self.process = process
-        # Its log lines may come after it is closed.
+        # Log lines may need it after the process object is closed.
         self.pid = process.pid
         self.silent = asyncio.Event()
-        self.line = Line(link, partial(handle, self), self.silent.set)
-        self.line.start()
-        # Of its answers, the last that is to be kept.
+        self.channel = Channel(link, partial(handle, self), self.silent.set)
+        self.channel.start()
+        # The last of its answers to keep.
         self.last: object = None
 
 
@@ -94,30 +94,30 @@ def supervise(
 ) -> int:
     """Run workers until SIGTERM or SIGINT; return the exit status.
 
-    Both are passed on to the workers as SIGTERM, each time they come. Of the signals that a
-    terminal sends to every process in it, SIGINT and SIGHUP never reach a worker.
+    Each of them is passed on to the workers as SIGTERM, every time. SIGINT and SIGHUP, which a
+    terminal sends to all of its processes, never reach a worker directly.
 
     Parameters
     ----------
     serve
-        What a worker process runs, until it has drained; can be pickled. If one exits with
-        uvicorn's STARTUP_FAILURE before the ``Group`` of any is started, all are stopped and 1 is
-        returned.
+        Main function of a worker process, which returns after a graceful shutdown; must be
+        picklable. If a worker exits with uvicorn's STARTUP_FAILURE before the ``Group`` of any is
+        started, all are stopped and 1 is returned.
     workers
-        How many.
+        Number of workers.
     closing
-        Called when they are told to stop; it must close what is open here of what they listen on.
-        Else clients could still connect, to nobody.
+        Called when the workers are told to stop; it must close this process's copy of the socket
+        that they listen on. Otherwise clients could still connect, and nobody would answer.
     on_hangup
-        What SIGHUP asks of each worker.
+        Request to each worker after SIGHUP.
     keep
-        What outlives a worker.
+        Rules for the answers that outlive a worker.
     stop_seconds
-        How long they may take to stop before they are killed.
+        Longest time in which workers may stop; after it they are killed.
     answer_seconds
-        How long a worker may take to answer what another asks of all.
+        Longest wait for a worker's answer to a request of another worker.
     """
-    # Before any signal is blocked: starting it ends with SIGINT unblocked.
+    # Before any signal is blocked: starting the tracker leaves SIGINT unblocked.
     resource_tracker.ensure_running()
     supervisor = Supervisor(serve, closing, on_hangup, keep, stop_seconds, answer_seconds)
     return asyncio.run(supervisor.run(workers))
@@ -125,7 +125,7 @@ def supervise(
 
 @dataclass
 class Supervisor:
-    """The parent of some workers; the parameters are those of ``supervise``."""
+    """The parent of the workers, with the parameters of ``supervise``."""
 
     serve: Callable[[Start], None]
     closing: Callable[[], None]
@@ -136,13 +136,13 @@ class Supervisor:
     workers: list[Worker] = field(default_factory=list)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 0
-    served: bool = False  # whether any worker has
-    state: object = None  # what all workers serve, as one of them last said
+    served: bool = False  # whether any worker has ever served
+    state: object = None  # served by all workers, as last reported by one of them
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     hanging_up: set[asyncio.Task[None]] = field(default_factory=set)
-    gone: object = None
+    gone: object = None  # folded answers of dead workers
     deaths: int = 0
-    # When the last few ended, and when the last was replaced or is to be.
+    # Times when the last few workers ended, and when the last was or will be replaced.
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=QUICK_DEATHS))
     replaced: float = 0.0
 
@@ -158,7 +158,7 @@ class Supervisor:
         return self.status
 
     def stop(self) -> None:
-        """Tell all workers to stop, and see to it that they do."""
+        """Tell all workers to stop; kill them later if they do not."""
         if not self.stopping.is_set():
             self.stopping.set()
             self.closing()
@@ -167,27 +167,27 @@ class Supervisor:
             worker.process.terminate()
 
     def kill(self) -> None:
-        """End the workers that have not stopped."""
+        """Kill the workers that have not stopped."""
         for worker in self.workers:
             log.error("worker %d is killed: it does not stop", worker.pid)
             worker.process.kill()
 
     def hang_up(self) -> None:
-        """Pass on SIGHUP."""
+        """Put the request of SIGHUP to all workers, in the background."""
         task = asyncio.get_running_loop().create_task(self.change_all())
         self.hanging_up.add(task)
         task.add_done_callback(self.hanging_up.discard)
 
     async def change_all(self) -> None:
-        """Have all workers do what SIGHUP asks."""
+        """Put the request of SIGHUP to all workers; log a failure."""
         try:
             await self.change(None, self.on_hangup)
-        # Whatever it is, nobody waits for it.
+        # No caller waits for this, so the log is the only place for any exception.
         except Exception as error:
             log.error("a worker cannot do what SIGHUP asks: %s", error)
 
     async def fill(self) -> None:
-        """Keep one worker running: when it dies, another in its place."""
+        """Keep one worker running: when it dies, start another in its place."""
         while not self.stopping.is_set():
             worker = await self.start()
             if worker:
@@ -195,26 +195,26 @@ class Supervisor:
             await self.pause()
 
     async def start(self) -> Worker | None:
-        """Start a worker, or say in the log why that cannot be done."""
-        # Within a change it would be given what was served before, and not be asked to change.
+        """Start a worker, or log why that fails."""
+        # During a change it would be given the state before, and miss the request to change.
         async with self.changing:
             if self.stopping.is_set():
                 return None
             try:
                 return self.spawn()
             except OSError as error:
-                # No memory or no process is to be had for the moment; the others go on meanwhile.
+                # Memory or processes are short for the moment; the other workers go on meanwhile.
                 log.error("a worker cannot be started: %s", error)
                 return None
 
     def spawn(self) -> Worker:
-        """Start a worker, which serves what the others do."""
+        """Start a worker that serves the same as the others."""
         ours, theirs = socket.socketpair()
         start = Start(theirs, self.state)
-        # It is a daemon so that none is left, and waited for, should this process fail.
+        # As a daemon it is ended, rather than waited for, if this process fails.
         process = spawn.Process(target=self.serve, args=(start,), daemon=True)
-        # A worker inherits what is blocked, so these cannot reach it even while it starts, nor
-        # whatever handlers it sets.
+        # A worker inherits blocked signals, so these two never reach it: neither while it starts
+        # nor later, whatever handlers it sets.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             process.start()
@@ -223,34 +223,34 @@ class Supervisor:
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            # Only when the worker's copy is the last one does its end show here.
+            # The worker's end is noticed here only if its copy of the socket is the last one.
             theirs.close()
         worker = Worker(process, ours, self.answer)
         self.workers.append(worker)
         return worker
 
     async def end(self, worker: Worker) -> None:
-        """Wait for the end of a worker, and see what it means."""
+        """Wait for the end of a worker; keep its counts, or stop all if none can start."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         loop.add_reader(worker.process.sentinel, ended.set)
         await ended.wait()
         loop.remove_reader(worker.process.sentinel)
-        # What it holds may take a while to be given back, as a GPU's memory.
+        # Its resources, such as a GPU's memory, may take a while to be released.
         await asyncio.to_thread(worker.process.join)
-        # What it said last is still to be read. Its end of the link does not close with it where a
-        # process that it has started holds a copy, so this is not waited for without a limit.
+        # Its last messages are still to be read. Where a process that it has started holds a copy
+        # of its socket, the connection stays open, hence the limit.
         with suppress(TimeoutError):
             await asyncio.wait_for(worker.silent.wait(), SILENCE_SECONDS)
         status = worker.process.exitcode or 0
-        worker.line.close()
+        worker.channel.close()
         worker.process.close()
         self.workers.remove(worker)
         if self.stopping.is_set():
             return
         if status == STARTUP_FAILURE and not self.served:
-            # So would any other. Once one has served, that may change again: a worker that finds no
-            # models to serve must not take those with it that do.
+            # Any other worker would fail as well. Once one has served, the cause may pass: a worker
+            # that finds no models must not take down those that still serve.
             log.error("worker %d cannot start; all are stopped", worker.pid)
             self.status = 1
             self.stop()
@@ -264,7 +264,7 @@ class Supervisor:
             self.gone = self.keep.fold(self.gone, worker.last)
 
     async def pause(self) -> None:
-        """Wait until a worker may be replaced: at once, unless many have ended of late."""
+        """Wait until a worker may be replaced: not at all, unless many have ended recently."""
         now = time.monotonic()
         self.ends.append(now)
         quick = len(self.ends) == QUICK_DEATHS and now - self.ends[0] < QUICK_SECONDS
@@ -273,48 +273,55 @@ class Supervisor:
             await asyncio.wait_for(self.stopping.wait(), self.replaced - now)
 
     async def answer(self, worker: Worker, content: object) -> object:
-        """Answer what a worker asks."""
+        """Answer a request of a worker."""
         match content:
-            case Asked(question, answer):
-                return await self.ask_others(worker, question, answer)
-            case Change(question):
-                await self.change(worker, question)
+            case Broadcast(request, answer):
+                return await self.ask_others(worker, request, answer)
+            case Change(request):
+                await self.change(worker, request)
             case Serving(state):
                 self.served = True
                 if self.state is None:
                     self.state = state
         return None
 
-    async def ask_others(self, asker: Worker, question: object, answer: object) -> Replies:
-        """Ask all workers but one what that one has answered itself; raise what one of them raises.
+    async def ask_others(self, asker: Worker, request: object, answer: object) -> Replies:
+        """Put a request to all workers but the asking one, which has answered it itself.
 
-        One that is still starting has the question wait for it.
+        To a worker that is still starting, the request waits. Raises as ``ask_all`` does.
         """
         self.note(asker, answer)
-        answers = await self.ask_all([each for each in self.workers if each is not asker], question)
+        answers = await self.ask_all([each for each in self.workers if each is not asker], request)
         answers = {asker: answer} | answers
-        # What one has answered that is dead by now is in what is kept of it, and must not count
-        # twice.
+        # The answer of a worker that has died since is in ``gone``, and must not count twice.
         living = [answer for worker, answer in answers.items() if worker in self.workers]
         return Replies(living, self.gone, self.deaths)
 
-    async def change(self, asker: Worker | None, question: object) -> None:
-        """Have all workers change what they serve, first the one who asks: raise what it raises."""
+    async def change(self, asker: Worker | None, request: object) -> None:
+        """Have all workers change the served state, the asking one first.
+
+        An exception of the asking worker is raised, and the others are not asked; otherwise raises
+        as ``ask_all`` does.
+        """
         async with self.changing:
             if asker:
-                self.state = await asker.line.ask(Change(question), self.answer_seconds)
+                self.state = await asker.channel.request(Change(request), self.answer_seconds)
             others = [worker for worker in self.workers if worker is not asker]
-            states = await self.ask_all(others, Change(question))
+            states = await self.ask_all(others, Change(request))
             if not asker:
                 self.state = next(iter(states.values()), self.state)
 
-    async def ask_all(self, workers: list[Worker], question: object) -> dict[Worker, object]:
-        """Return the answers of some workers; raise what one of them raises, once all have said."""
+    async def ask_all(self, workers: list[Worker], request: object) -> dict[Worker, object]:
+        """Put a request to some workers; return the answers, by worker.
+
+        A worker that does not answer is logged and left out. If one raises an exception, it is
+        raised here once all have answered.
+        """
         answers: dict[Worker, object] = {}
 
         async def ask(worker: Worker) -> None:
             try:
-                answers[worker] = await worker.line.ask(question, self.answer_seconds)
+                answers[worker] = await worker.channel.request(request, self.answer_seconds)
             except Unanswered as error:
                 log.error("worker %d is left out of an answer: %s", worker.pid, error)
             else:
@@ -327,6 +334,6 @@ class Supervisor:
         return answers
 
     def note(self, worker: Worker, answer: object) -> None:
-        """Keep an answer for when its worker dies."""
+        """Remember an answer in case its worker dies."""
         if self.keep.kept(answer):
             worker.last = answer

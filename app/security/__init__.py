@@ -1,1 +1,1 @@
-"""Who may use the service: API keys, and what counts as local."""
+"""Access to the service: API keys, and loopback addresses."""

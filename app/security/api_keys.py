@@ -1,6 +1,6 @@
-"""The API keys: who may ask, and what for.
+"""API keys and their scopes.
 
-A keys file holds names, hashes and scopes, never a key. ``app.key_command`` makes keys.
+A keys file holds names, hashes and scopes, never a key. ``dropserve key new`` makes keys.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from dropserve.app.errors import Forbidden, StartError, Unauthorized
 
 Scope = Literal["predict", "debug", "admin"]
 
-# A name may be logged, so it holds nothing that could break a line.
+# A name may be logged, so it holds no character that could break a line.
 NAME = re.compile(r"[A-Za-z0-9 ._:@-]{1,64}")
-# Of a header's value; no key is as long.
+# Bytes of a header's value; no key is as long.
 LONGEST = 512
-# What a message repeats of a file; any other field may be a key in the wrong place.
+# Field names that an error message repeats; any other may be a key in the wrong place.
 SAFE_FIELD = re.compile(r"\w{1,20}")
 
 
 class Entry(BaseModel):
-    """What a keys file says of a key."""
+    """One key in a keys file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,12 +43,12 @@ class KeysFile(BaseModel):
 
 
 class Keys:
-    """The keys that may ask, and what for.
+    """The accepted keys and their scopes.
 
     Scopes are independent: ``admin`` does not imply ``predict``.
 
-    A key is known by its SHA-256. A slow hash makes passwords dear to guess; a key is 256 random
-    bits from ``secrets``, which nobody guesses, and a fast hash keeps requests fast.
+    A key is recognised by its SHA-256. Passwords need a slow hash, as they can be guessed; a key is
+    256 random bits from ``secrets``, which cannot, and a fast hash keeps requests fast.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Keys:
         Raises
         ------
         StartError
-            If it cannot be read, is not as it should be, or holds no key.
+            If it cannot be read, is malformed, or holds no key.
         """
         entries = parse(file).keys
         if not entries:
@@ -74,25 +74,25 @@ class Keys:
         return cls((bytes.fromhex(entry.sha256), frozenset(entry.scopes)) for entry in entries)
 
     def check(self, headers: Mapping[bytes, bytes], scope: Scope | None) -> None:
-        """Return if a request comes with a key that may ask for what it asks for.
+        """Check the key of a request.
 
         Parameters
         ----------
         headers
-            Of the request, by lower-case name.
+            Headers of the request, by lower-case name.
         scope
-            What the key must be for; None if any key will do.
+            Scope that the key must have; None: any key will do.
 
         Raises
         ------
         Unauthorized
-            If there is no key, or none that is known.
+            If the request has no key, or an unknown or malformed one.
         Forbidden
-            If the key is not for this scope.
+            If the key lacks the scope.
         """
         given = digest(sent(headers))
         found: Set[Scope] | None = None
-        # To the end, also after the match: the time says nothing about which key it was.
+        # No break after a match: the time must not reveal which key it was.
         for known, scopes in self.entries:
             if hmac.compare_digest(known, given):
                 found = scopes
@@ -108,12 +108,12 @@ def digest(key: bytes) -> bytes:
 
 
 def sent(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return the key that a request comes with, known or not.
+    """Return the key of a request, known or not.
 
     Raises
     ------
     Unauthorized
-        If there is none, one that is malformed, or two.
+        If the request has no key, a malformed one, or two different ones.
     """
     authorization = headers.get(b"authorization")
     key = headers.get(b"x-api-key")
@@ -124,7 +124,7 @@ def sent(headers: Mapping[bytes, bytes]) -> bytes:
         bearer = bearer.strip(b" ")
         if scheme.lower() != b"bearer" or not bearer:
             raise Unauthorized("Authorization is not of the form 'Bearer KEY'")
-        # Both come from the client, who learns nothing from the time this takes.
+        # Both come from the client, so the time of the comparison reveals nothing.
         if key is not None and key != bearer:
             raise Unauthorized("Authorization and X-API-Key hold different API keys")
         return bearer
@@ -138,12 +138,12 @@ def sent(headers: Mapping[bytes, bytes]) -> bytes:
 
 
 def parse(file: Path) -> KeysFile:
-    """Read a keys file, which may be without keys.
+    """Read a keys file, which may hold no keys.
 
     Raises
     ------
     StartError
-        If it cannot be read or is not as it should be.
+        If it cannot be read or is malformed.
     """
     start = f"the keys file {str(file)!r}"
     try:
@@ -156,7 +156,7 @@ def parse(file: Path) -> KeysFile:
         first = error.errors(include_input=False)[0]
         fields = [str(field) for field in first["loc"]]
         where = ".".join(field if SAFE_FIELD.fullmatch(field) else "..." for field in fields)
-        # Without the cause, which quotes the file.
+        # Without the cause, which quotes the file's content.
         raise StartError(": ".join(filter(None, (start, where, first["msg"])))) from None
     check_unique(f"{start}: keys", "name", [entry.name for entry in content.keys])
     check_unique(f"{start}: keys", "sha256", [entry.sha256 for entry in content.keys])

@@ -1,11 +1,11 @@
-"""Tell whether an address is this machine's own, which nobody else can reach."""
+"""Recognise loopback addresses, which no other machine can reach."""
 
 import socket
 from ipaddress import ip_address
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether all that a name or address stands for are loopback addresses."""
+    """Tell whether a name or address resolves to loopback addresses only."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:

@@ -1,10 +1,10 @@
-"""Serve HTTP by uvicorn, with an end that loses no request.
+"""Serve HTTP with uvicorn, with a graceful shutdown that loses no request.
 
-What HTTP cannot promise: a request sent over an idle kept connection in the moment in which it is
-closed is lost. While the server drains its answers say ``connection: close``, so that hardly a
-client has such a connection left; one that does sees it close without a byte of an answer, and
-may send the request again. Likewise a handshake of which only the client's half is over when
-the port closes: such a connection is reset.
+HTTP itself leaves a gap: a request sent over an idle keep-alive connection at the moment it closes
+is lost. While the server drains, its responses say ``connection: close``, so that hardly any client
+still has such a connection; one that does sees it close without a byte of a response, and may
+retry. Likewise, a connection is reset if only the client's half of the handshake is complete when
+the port closes.
 """
 
 import asyncio
@@ -23,35 +23,36 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from dropserve.app.server.connection import Connection, State, readable
 
-# How long who has connected, or is about to ask again, is waited for once the port is closed.
+# Grace period for open connections after the port closes.
 GRACE_SECONDS = 0.1
-# Linux's option for a socket's packet filter, which the module socket does not name, and a filter
-# of one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
+# Linux's option for a socket's packet filter, which Python's socket module lacks, and a filter of
+# one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
 SO_ATTACH_FILTER = 26
 KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
-# Connections taken in one turn of the loop; more would leave other workers none.
+# Connections accepted in one turn of the loop; more would leave none to the other workers.
 ACCEPT_AT_ONCE = 32
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, drained before it ends.
+    """uvicorn's server with a graceful shutdown.
 
-    SIGTERM or SIGINT begins that, a second one ends at once; ``run`` returns after both.
+    SIGTERM or SIGINT begins it, and a second one ends the server at once; ``run`` returns after
+    either.
 
     Parameters
     ----------
     config
-        uvicorn's; its ``http`` is a `connection_class`.
+        uvicorn's configuration; its ``http`` is a `connection_class`.
     drain_delay
-        Seconds for which requests are still taken once draining has begun, so that a load
-        balancer can learn of it.
+        Seconds for which requests are still accepted once draining has begun, so that a load
+        balancer can notice.
     drain_seconds
-        Longest that answers are waited for after that; what is left then is cancelled.
+        Longest wait in seconds for responses after that; requests still running are cancelled.
     draining
         Called once, when draining begins.
     alone
-        Whether no other process takes connections from the same port. Where one does, those who
-        connect in the moment in which the last of them closes it are reset.
+        Whether no other process accepts connections on the same port. With others, clients that
+        connect at the moment the last process closes the port are reset.
     """
 
     server_state: State
@@ -71,14 +72,14 @@ class Server(uvicorn.Server):
         self.draining = draining
         self.alone = alone
         self.ports: list[socket.socket] = []
-        # The loop itself keeps only weak references to them.
+        # The loop itself keeps only weak references to tasks.
         self.connecting: set[asyncio.Task[object]] = set()
-        # Nothing is done with it but to wait that long.
+        # Declared as an int, but only ever passed on as a timeout.
         config.timeout_graceful_shutdown = drain_seconds  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Let signals stop the server; unlike uvicorn, without raising them again at the end."""
+        """Let signals stop the server; unlike in uvicorn, they are not raised again at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -92,7 +93,7 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
-        """Begin to drain, or if that has begun end at once; called in the server's loop."""
+        """Begin to drain, or end at once if already draining; called on the server's loop."""
         if self.server_state.draining:
             self.should_exit = self.force_exit = True
             return
@@ -107,23 +108,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and take connections as fast as they come.
+        """Start, and accept connections as fast as they arrive.
 
-        uvloop takes one in each turn of the loop, and under load a turn is long: a probe would wait
-        behind all who have come before it.
+        uvloop accepts one per turn of the loop, and under load a turn is long: a health probe would
+        wait behind all earlier clients.
         """
         await super().startup(sockets)
         loop = asyncio.get_running_loop()
         for server in self.servers:
             for port in server.sockets:
-                # A descriptor of our own: the loop watches the other one.
+                # A second descriptor, as the loop already watches the first.
                 own = socket.socket(fileno=os.dup(port.fileno()))
                 own.setblocking(False)
                 self.ports.append(own)
                 loop.add_reader(own, self._accept, own)
 
     def _accept(self, port: socket.socket) -> None:
-        # None may be left: others listen too.
+        # Other workers may have accepted the connections first.
         with contextlib.suppress(OSError):
             for _ in range(ACCEPT_AT_ONCE):
                 self._connect(port.accept()[0])
@@ -140,7 +141,7 @@ class Server(uvicorn.Server):
         task.add_done_callback(self.connecting.discard)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port, then what is idle, and wait for the answers."""
+        """Close the port, then idle connections, and wait for responses."""
         for server in self.servers:
             server.close()
         for port in self.ports:
@@ -155,12 +156,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _close(self, port: socket.socket) -> None:
-        """Close a port, and take who waited in its queue, maybe with a request sent."""
+        """Close a port; accept the connections in its queue, which may have sent requests."""
         clients: list[socket.socket] = []
         if self.alone:
             turn_away(port)
-        # With no turn of the loop, whose answers would have clients come again. Where others listen
-        # too one may be faster.
+        # Within one turn of the loop, as responses would bring clients back. Another worker may
+        # accept a connection first.
         with contextlib.suppress(OSError):
             while len(clients) < self.config.backlog and readable(port.fileno()):
                 clients.append(port.accept()[0])
@@ -170,13 +171,13 @@ class Server(uvicorn.Server):
 
 
 def turn_away(port: socket.socket) -> None:
-    """Have the kernel drop what comes for a port, so that nobody can connect to it any more.
+    """Have the kernel drop incoming packets of a port, so that no client can connect any more.
 
-    Whoever tries does so again by itself, a second later, and is refused once the port is closed.
-    Those whose connections wait to be taken lose nothing but time.
+    A client's kernel retries by itself a second later, and is refused once the port is closed.
+    Connections that wait to be accepted lose nothing but time.
     """
     program = ctypes.create_string_buffer(KEEP_NOTHING)
     value = struct.pack("HP", 1, ctypes.addressof(program))
-    # A system may know no filters.
+    # The system may not support filters.
     with contextlib.suppress(OSError):
         port.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, value)

@@ -1,4 +1,4 @@
-"""No graph gets to onnxruntime that reaches outside its own bytes."""
+"""A graph that reaches outside its own bytes is refused before onnxruntime sees it."""
 
 import resource
 import time
@@ -29,7 +29,7 @@ Y = helper.make_tensor_value_info("y", FLOAT, [4])
 
 
 def external(location: str = "nowhere.bin") -> TensorProto:
-    """A tensor of four numbers that are in another file."""
+    """A tensor whose four numbers are in another file."""
     tensor = TensorProto(name="w", data_type=FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=location)
     return tensor
@@ -44,7 +44,7 @@ def graph_of(*nodes: onnx.NodeProto, w: TensorProto | None = None) -> onnx.Graph
 
 
 def model_of(graph: onnx.GraphProto, **more: object) -> onnx.ModelProto:
-    # As onnxruntime 1.31 reads it; onnx may write a newer one.
+    # The version that onnxruntime 1.31 reads; onnx may write a newer one.
     model: onnx.ModelProto = helper.make_model(
         graph, **{"opset_imports": [OPSET], "ir_version": 10} | more
     )
@@ -213,7 +213,7 @@ CUSTOM = [
 
 @contextmanager
 def no_file_may_be_opened() -> Iterator[None]:
-    """Let every attempt fail with an OSError."""
+    """Make every attempt to open a file fail with an OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -223,7 +223,7 @@ def no_file_may_be_opened() -> Iterator[None]:
 
 
 def refusal(graph: bytes) -> str | None:
-    """What ``check`` says, if anything."""
+    """The error of ``check``, if any."""
     says = None
     try:
         with no_file_may_be_opened():
@@ -245,7 +245,7 @@ def test_external_data_is_refused_wherever_it_is(
     )
 
 
-def test_half_of_what_makes_data_external_is_refused_too() -> None:
+def test_either_mark_of_external_data_is_refused_alone() -> None:
     flag = TensorProto(data_type=FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     entries = external()
     entries.ClearField("data_location")
@@ -261,7 +261,7 @@ def test_a_flag_that_protobuf_cuts_to_32_bits_is_refused() -> None:
 
 
 def test_external_data_after_data_in_place_is_refused() -> None:
-    # Of a field that is there twice, protobuf takes the last.
+    # If a field occurs twice, protobuf takes the last.
     w = inline()
     w.data_location = TensorProto.DEFAULT
     graph = initializer(w).SerializeToString()
@@ -270,7 +270,7 @@ def test_external_data_after_data_in_place_is_refused() -> None:
     assert "external data" in (refusal(graph + again) or "")
 
 
-def test_onnxruntime_would_read_what_is_refused(
+def test_onnxruntime_would_read_the_refused_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -315,7 +315,7 @@ def test_a_file_in_onnxruntimes_own_format_is_refused(tmp_path: Path) -> None:
     )
     says = "g.onnx is in a format of onnxruntime's own, not in ONNX's"
     assert refusal((tmp_path / "g.ort").read_bytes()) == says
-    # It takes this for its own too, though to protobuf it is a model that names its producer.
+    # onnxruntime takes this for its own format too, though protobuf reads a model with a producer.
     both = b"\x12\xfc\xff\x03ORTM" + bytes(0xFFFC - 4)
     assert onnx.ModelProto.FromString(both).producer_name.startswith("ORTM")
     with pytest.raises(Exception, match="ORT model verification failed"):
@@ -351,7 +351,7 @@ def test_weights_are_not_copied() -> None:
 
 
 def inside(field: int, content: bytes) -> bytes:
-    """A message that holds another, in a field."""
+    """A field of bytes ``content``, as protobuf writes it."""
     return bytes([field << 3 | 2]) + varint(len(content)) + content
 
 
@@ -364,7 +364,7 @@ def varint(number: int) -> bytes:
 
 
 def nested(depth: int, *fields: int) -> bytes:
-    """Messages in each other, by the given fields in turn, the last empty."""
+    """Messages nested by the given fields in turn, the innermost empty."""
     content = b""
     for level in reversed(range(depth)):
         content = inside(fields[level % len(fields)], content)
@@ -373,7 +373,7 @@ def nested(depth: int, *fields: int) -> bytes:
 
 def test_depth_is_bounded_as_protobuf_bounds_it() -> None:
     def deep(depth: int) -> bytes:
-        """The graph of a model, then nodes, their attributes, the graphs of these, and so on."""
+        """A model's graph, a node of it, an attribute of that, a graph of that, and so on."""
         return inside(7, nested(depth - 1, 1, 5, 6))
 
     onnx.ModelProto.FromString(deep(MAX_DEPTH))
@@ -404,11 +404,11 @@ def test_depth_is_bounded_as_protobuf_bounds_it() -> None:
         (b"\xba\x80\x80\x80\x10\x00", "no field at byte 0"),
     ],
 )
-def test_what_is_no_protobuf_is_refused(graph: bytes, says: str) -> None:
+def test_bytes_that_are_no_protobuf_are_refused(graph: bytes, says: str) -> None:
     assert refusal(graph) == f"g.onnx does not load: it is no ONNX model: {says}"
 
 
-def test_fields_that_onnx_does_not_have_are_jumped_over() -> None:
+def test_fields_unknown_to_onnx_are_skipped() -> None:
     unknown = b"\xe9\x07" + bytes(8) + b"\xed\x07" + bytes(4) + b"\xe8\x07\x01"
     assert refusal(unknown + inside(7, unknown)) is None
     assert "external data" in (refusal(unknown + initializer(external()).SerializeToString()) or "")
@@ -423,7 +423,7 @@ def test_many_small_fields_take_time_that_grows_with_them() -> None:
 
 
 def faults(message: Message) -> Iterator[str]:
-    """What ``check`` must find, told from protobuf's own reading and descriptors."""
+    """The faults that ``check`` must find, by protobuf's own parser and descriptors."""
     kind = message.DESCRIPTOR.name
     for field, value in message.ListFields():
         if field.name == "external_data" or (field.name == "data_location" and value != 0):
@@ -456,12 +456,12 @@ def test_a_graph_with_bytes_changed_passes_only_if_protobuf_finds_nothing_in_it(
     try:
         model.ParseFromString(bytes(graph))
         found = set(faults(model))
-    # The second is what Python says of a domain that is no text.
+    # The second is raised for a domain that is not UTF-8.
     except (DecodeError, UnicodeDecodeError):
         return
     if found:
         assert says is not None
-    # What protobuf makes of it, and nothing that it does not know.
+    # Only the fields that protobuf knows, as it writes them.
     model.DiscardUnknownFields()
     assert (refusal(model.SerializeToString()) is None) == (not found)
 
@@ -484,5 +484,5 @@ def test_any_bytes_pass_or_are_refused(graph: bytes) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.integers(0, 3000), st.lists(st.sampled_from([1, 5, 6, 7, 11, 20]), min_size=1))
-def test_messages_in_each_other_pass_or_are_refused(depth: int, fields: list[int]) -> None:
+def test_nested_messages_pass_or_are_refused(depth: int, fields: list[int]) -> None:
     refusal(nested(depth, *fields))

@@ -1,4 +1,4 @@
-"""What a bundle's examples may be."""
+"""Examples of a bundle: valid and refused ones."""
 
 import json
 
@@ -13,12 +13,12 @@ ROW = [[1, 2, 3], [4, 5, 6.5]]
 
 
 def manifest() -> Manifest:
-    """A manifest, of which only the shape of the input matters here."""
+    """A manifest; only the shape of its input matters here."""
     rows = Input(name="x", shape=SHAPE, features=(), feature_ranges=(), range=(0, 7))
     return Manifest.model_construct(input=rows)
 
 
-def test_rows_and_what_they_are_come_as_they_are_written() -> None:
+def test_rows_and_truths_are_read_as_written() -> None:
     text = json.dumps([{"input": ROW, "truth": "a"}, {"input": [1, 2, 3, 4, 5, 6.5]}]).encode()
     inputs, truths = read_examples(text, manifest())
     assert inputs.dtype == np.float32
@@ -40,7 +40,7 @@ def test_rows_and_what_they_are_come_as_they_are_written() -> None:
         ('[{"input": [[1, 2, 3], [4, 5, "6"]]}]', "examples.json: inputs.0.1.2: "),
     ],
 )
-def test_what_is_no_list_of_rows_is_refused(content: str, said: str) -> None:
+def test_anything_but_a_list_of_rows_is_refused(content: str, said: str) -> None:
     with pytest.raises(BundleError) as refused:
         read_examples(content.encode(), manifest())
     assert str(refused.value).startswith(said)

@@ -1,21 +1,21 @@
-"""The CPUs a process may use, by affinity and by the quota of its control groups."""
+"""The CPUs that a process may use, by affinity and control groups, shared between workers."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from dropserve.app.processes import cpus
-from dropserve.app.settings import Settings
 from tests.conftest import ROOT
 
 ALL = len(os.sched_getaffinity(0))
 
 
 def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
-    """Write files like those of the kernel; return the groups' root and the process's own file."""
+    """Write files like the kernel's; return the root of the groups and the process's own file."""
     root = folder / "cgroup"
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
         ("0::/\n", {"cpu.max": "max 100000\n"}, float("inf")),
         ("0::/a/b\n", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "300000 100000"}, 0.5),
-        # As seen from inside a container: the host's path, of which nothing is there.
+        # Inside a container: the path is the host's, and does not exist.
         ("0::/docker/1\n", {"cpu.max": "200000 100000"}, 2.0),
         (
             "4:cpu,cpuacct:/x\n3:memory:/x\n",
@@ -50,17 +50,17 @@ def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
         ("", {}, float("inf")),
     ],
 )
-def test_the_quota_is_the_least_on_the_way_to_the_root(
+def test_the_quota_is_the_lowest_on_the_way_to_the_root(
     tmp_path: Path, own: str, files: dict[str, str], expected: float
 ) -> None:
     assert cpus.quota(*groups(tmp_path, own, files)) == expected
 
 
-def test_a_quota_below_one_leaves_one(tmp_path: Path) -> None:
+def test_a_quota_below_one_cpu_counts_as_one(tmp_path: Path) -> None:
     assert cpus.available(*groups(tmp_path, "0::/\n", {"cpu.max": "10000 100000"})) == 1
 
 
-def test_affinity_counts_not_the_machines_cpus() -> None:
+def test_affinity_counts_rather_than_the_cpus_of_the_machine() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
     code += "from dropserve.app.processes import cpus; print(cpus.available())"
     done = subprocess.run(
@@ -85,10 +85,9 @@ def test_affinity_counts_not_the_machines_cpus() -> None:
 )
 def test_auto_shares_the_cpus_between_workers(
     monkeypatch: pytest.MonkeyPatch,
-    workers: int | str,
-    threads: int | str,
+    workers: int | Literal["auto"],
+    threads: int | Literal["auto"],
     expected: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr("dropserve.app.settings.available", lambda: 8)
-    settings = Settings.model_validate({"workers": workers, "threads": threads})
-    assert settings.sized() == expected
+    monkeypatch.setattr(cpus, "available", lambda: 8)
+    assert cpus.share(workers, threads) == expected

@@ -1,8 +1,8 @@
-"""Several workers and their parent, as real processes: the workers are toys that count.
+"""Several workers and their parent as real processes; the workers only count.
 
-Run as a module, this file is the parent. The folder that it is given is where tests and processes
-meet: each worker listens on a socket there that is named by its pid, all share one named ``door``,
-and files that a test makes there tell workers what to do.
+Run as a module, this file is the parent. Tests and processes meet in the folder given as its
+argument: each worker listens on a socket named by its pid, all share a socket named ``door``, and
+files that a test creates tell workers what to do.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class TwoArguments(Exception):
 
 
 class Toy:
-    """A worker that counts what it is told to add."""
+    """A worker that adds up numbers."""
 
     def __init__(self, folder: Path, door: socket.socket, start: Start) -> None:
         self.folder = folder
@@ -50,10 +50,10 @@ class Toy:
         self.stops = 0
         self.group = Group(self.handle, start.link, self.stop, lambda: self.added)
 
-    async def handle(self, question: object) -> object:
-        """Answer a question, as each worker does."""
+    async def handle(self, request: object) -> object:
+        """Answer a request, in each worker."""
         pid = os.getpid()
-        match question:
+        match request:
             case ["add", int(number), *refusing]:
                 if pid in refusing:
                     raise LoadError(f"{pid} refuses")
@@ -92,7 +92,7 @@ class Toy:
         self.stops += 1
 
     async def run(self) -> None:
-        """Serve until told to stop; where there is a file ``slow``, end only when told again."""
+        """Serve until told to stop; with a file ``slow``, end only when told again."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
@@ -102,7 +102,7 @@ class Toy:
             await asyncio.start_unix_server(self.talk, own.with_suffix(".new"), limit=2**24),
             await asyncio.start_unix_server(self.talk, sock=self.door),
         ]
-        # Only now can it be connected to.
+        # Tests can connect only from now on.
         own.with_suffix(".new").rename(own)
         while not self.stops:
             await asyncio.sleep(0.01)
@@ -115,14 +115,14 @@ class Toy:
         (self.folder / f"{own.name}.drained").write_text(str(self.stops))
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Ask what a test asks."""
-        question, change = json.loads(await reader.readline())
+        """Pass a test's request on to the group."""
+        request, change = json.loads(await reader.readline())
         try:
             if change:
-                await self.group.change(question)
+                await self.group.change(request)
                 answer: object = None
             else:
-                answer = (await self.group.ask(question))._asdict()
+                answer = (await self.group.ask(request))._asdict()
         except Exception as error:
             answer = repr(error)
         writer.write(json.dumps(answer).encode())
@@ -166,7 +166,7 @@ def main(folder: Path, workers: int, stop_seconds: float, answer_seconds: float)
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process runs; one that nobody has waited for does not."""
+    """Tell whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -195,12 +195,12 @@ class Service:
                 [sys.executable, "-m", __name__, *arguments],
                 cwd=ROOT,
                 stderr=log,
-                # A process group of its own, like that of a terminal's command.
+                # A process group of its own, like a command in a terminal.
                 start_new_session=True,
             )
 
     def pids(self) -> list[int]:
-        """Return the workers that can be asked."""
+        """Return the pids of the workers that tests can connect to."""
         names = (entry.name for entry in self.folder.iterdir())
         return sorted(int(name) for name in names if name.isdigit() and alive(int(name)))
 
@@ -209,23 +209,23 @@ class Service:
         return self.pids()
 
     def replace(self, pid: int) -> int:
-        """Kill a worker; return the one in its place."""
+        """Kill a worker; return the pid of its replacement."""
         before = self.pids()
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: len(set(self.pids()) - set(before)) == 1)
         (new,) = set(self.pids()) - set(before)
         return new
 
-    def ask(self, pid: int, *question: object, change: bool = False) -> Any:
-        """Have a worker ask or change all; return its replies, or what it is raised as text."""
+    def ask(self, pid: int, *request: object, change: bool = False) -> Any:
+        """Have a worker ask or change all; return its replies, or its exception as text."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(PATIENCE)
             client.connect(str(self.folder / str(pid)))
-            client.sendall(json.dumps([question, change]).encode() + b"\n")
+            client.sendall(json.dumps([request, change]).encode() + b"\n")
             return json.loads(b"".join(iter(lambda: client.recv(2**16), b"")))
 
     def added(self, pid: int) -> dict[int, int]:
-        """Have a worker ask all what they have counted."""
+        """Return the sum of each worker by pid, as one of them gathers them."""
         return {answer["pid"]: answer["added"] for answer in self.ask(pid)["answers"]}
 
     def starts(self) -> list[float]:
@@ -240,12 +240,12 @@ class Service:
         wait_for(lambda: all((self.folder / f"{pid}.drains").exists() for pid in pids))
 
     def drained(self) -> dict[int, int]:
-        """Return how often each worker was told to stop that ended in good order."""
+        """Return, for each worker that ended gracefully, how often it was told to stop."""
         paths = self.folder.glob("*.drained")
         return {int(path.stem): int(path.read_text()) for path in paths}
 
     def end(self) -> None:
-        """Leave no process."""
+        """Kill all processes that are left."""
         pids = [*self.pids(), *(int(path.stem) for path in self.folder.glob("*.drains"))]
         if self.parent.poll() is None:
             self.parent.kill()
@@ -258,7 +258,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Three workers, which no test ends."""
+    """Three workers that no test may end."""
     service = Service(tmp_path_factory.mktemp("shared"), 3)
     try:
         service.wait_for_workers(3)
@@ -269,7 +269,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Starts a service that ends with the test."""
+    """Start services that end with the test."""
     services = []
 
     def start(workers: int = 2, **options: float) -> Service:
@@ -284,36 +284,36 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
 
 def test_one_worker_without_a_parent_answers_alone() -> None:
-    async def handle(question: object) -> object:
-        return ["answer", question]
+    async def handle(request: object) -> object:
+        return ["answer", request]
 
     group = Group(handle, None, lambda: None, lambda: None)
-    assert asyncio.run(group.ask("question")) == ([["answer", "question"]], None, 0)
-    asyncio.run(group.change("question"))
+    assert asyncio.run(group.ask("request")) == ([["answer", "request"]], None, 0)
+    asyncio.run(group.change("request"))
 
 
-def test_where_the_parent_is_gone_no_question_is_left_waiting() -> None:
-    async def handle(question: object) -> object:
-        return question
+def test_no_request_waits_for_a_parent_that_is_gone() -> None:
+    async def handle(request: object) -> object:
+        return request
 
     async def scenario() -> None:
         orphaned = asyncio.Event()
         parent, link = socket.socketpair()
         group = Group(handle, link, orphaned.set, lambda: None)
         group.start()
-        under_way = asyncio.create_task(group.ask("question"))
+        under_way = asyncio.create_task(group.ask("request"))
         await asyncio.sleep(0)
         parent.close()
         with pytest.raises(Unanswered, match="gone"):
             await under_way
         assert orphaned.is_set()
         with pytest.raises(Unanswered, match="gone"):
-            await group.ask("question")
+            await group.ask("request")
 
     asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 
 
-def test_a_question_reaches_all_workers_and_the_own_answer_is_first(shared: Service) -> None:
+def test_a_request_reaches_all_workers_and_the_own_answer_is_first(shared: Service) -> None:
     pids = shared.pids()
     for pid in pids:
         replies = shared.ask(pid, "pid")
@@ -322,14 +322,14 @@ def test_a_question_reaches_all_workers_and_the_own_answer_is_first(shared: Serv
         assert (replies["gone"], replies["deaths"]) == (None, 0)
 
 
-def test_what_the_asker_raises_is_raised_and_nobody_else_is_asked(shared: Service) -> None:
+def test_an_exception_of_the_asking_worker_is_raised_and_no_other_is_asked(shared: Service) -> None:
     asker, *_ = shared.pids()
     before = shared.added(asker)
     assert shared.ask(asker, "add", 1, asker) == f"LoadError('{asker} refuses')"
     assert shared.added(asker) == before
 
 
-def test_what_another_worker_raises_is_raised_once_all_were_asked(shared: Service) -> None:
+def test_an_exception_of_another_worker_is_raised_once_all_were_asked(shared: Service) -> None:
     asker, other, third = shared.pids()
     before = shared.added(asker)
     assert shared.ask(asker, "add", 1, other) == f"LoadError('{other} refuses')"
@@ -343,7 +343,7 @@ def test_an_exception_that_cannot_be_sent_is_raised_by_its_message(shared: Servi
     assert raised == "RuntimeError('TwoArguments: inputs.0: is too long')"
 
 
-def test_several_questions_are_under_way_at_once(shared: Service) -> None:
+def test_several_requests_are_under_way_at_once(shared: Service) -> None:
     pids = shared.pids()
     with ThreadPoolExecutor(len(pids)) as pool:
         waiting = [pool.submit(shared.ask, pid, "wait for", "go") for pid in pids]
@@ -355,7 +355,7 @@ def test_several_questions_are_under_way_at_once(shared: Service) -> None:
             assert sorted(answer["pid"] for answer in each.result()["answers"]) == pids
 
 
-def test_large_questions_and_answers_arrive_whole(shared: Service) -> None:
+def test_large_requests_and_answers_arrive_whole(shared: Service) -> None:
     asker, *_ = shared.pids()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(shared.ask, asker, "x" * 2**19) for _ in range(4)]
@@ -369,21 +369,21 @@ def test_a_hangup_reaches_each_worker_once_even_from_a_terminal(shared: Service)
     assert [answer["hangups"] for answer in shared.ask(asker)["answers"]] == [1, 1, 1]
 
 
-def test_what_goes_wrong_after_a_hangup_is_logged(shared: Service) -> None:
+def test_a_failure_after_a_hangup_is_logged(shared: Service) -> None:
     fail = shared.make("fail")
     shared.parent.send_signal(signal.SIGHUP)
     wait_for(lambda: "cannot do what SIGHUP asks: no luck" in shared.log.read_text())
     fail.unlink()
 
 
-def test_a_worker_that_dies_is_replaced_and_what_it_had_counted_is_kept(
+def test_a_worker_that_dies_is_replaced_and_its_counts_are_kept(
     serve: Callable[..., Service],
 ) -> None:
     service = serve(3)
     first, second, third = service.wait_for_workers(3)
     service.ask(first, "add", 5, change=True)
     service.ask(second, "hangup")
-    # An answer that is not to be kept leaves the one before it.
+    # An answer that is not kept does not replace the one before.
     service.ask(second, "pid")
     new = service.replace(first)
     replies = service.ask(second)
@@ -407,7 +407,7 @@ def test_changes_are_made_one_after_the_other(shared: Service) -> None:
         wait_for((shared.folder / "change is waited for").exists)
         before = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
         later = [pool.submit(shared.ask, pid, "hangup", change=True) for pid in pids[1:]]
-        # Questions that change nothing do not wait; by then the others are known to the parent.
+        # Other requests do not wait for a change; by then the parent knows of the later changes.
         for pid in pids:
             answers = shared.ask(pid, "look")["answers"]
             assert {answer["hangups"] for answer in answers} == before
@@ -418,7 +418,7 @@ def test_changes_are_made_one_after_the_other(shared: Service) -> None:
     assert after == {hangups + 2 for hangups in before}
 
 
-def test_who_replaces_a_worker_that_died_within_a_change_serves_what_the_others_do(
+def test_the_replacement_of_a_worker_that_died_during_a_change_serves_the_new_state(
     serve: Callable[..., Service],
 ) -> None:
     service = serve(2)
@@ -436,7 +436,7 @@ def test_who_replaces_a_worker_that_died_within_a_change_serves_what_the_others_
     assert given == {asker: None, new: 12}
 
 
-def test_what_one_refuses_to_change_no_other_is_asked_to(shared: Service) -> None:
+def test_a_change_refused_by_the_asking_worker_reaches_no_other(shared: Service) -> None:
     asker, *_ = shared.pids()
     before = shared.added(asker)
     assert "refuses" in shared.ask(asker, "add", 7, asker, change=True)
@@ -448,12 +448,12 @@ def test_a_worker_that_dies_or_is_stuck_is_left_out_of_an_answer(
 ) -> None:
     service = serve(2, answer_seconds=0.5)
     asker, other = service.wait_for_workers(2)
-    # A status that would end the service, had the worker never served.
+    # A status that would end the service if no worker had ever served.
     assert [answer["pid"] for answer in service.ask(asker, "exit", other, 3)["answers"]] == [asker]
     assert (
         f"worker {other} is left out of an answer: the process is gone" in service.log.read_text()
     )
-    # Gone from the parent's sight, it may still be about to end.
+    # The parent has lost its connection, but the process may still be about to end.
     wait_for(lambda: not alive(other))
     asker, other = service.wait_for_workers(2)
     replies = service.ask(asker, "block until", other, "go")
@@ -467,7 +467,7 @@ def test_a_worker_that_reads_nothing_holds_up_nobody(serve: Callable[..., Servic
     service = serve(2, answer_seconds=0.2, stop_seconds=0.3)
     asker, stuck = service.wait_for_workers(2)
     service.ask(asker, "block until", stuck, "never")
-    # Each more than a socket takes, and at last more than is kept.
+    # Each is more than a socket takes, and together they exceed the limit of unsent bytes.
     for _ in range(4):
         service.ask(asker, "x" * (MOST_UNSENT // 2))
     log = service.log.read_text()
@@ -499,7 +499,7 @@ def test_a_stop_is_passed_on_and_all_workers_are_waited_for(serve: Callable[...,
     service.parent.terminate()
     service.wait_for_drain(pids)
     with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
-        # Nobody holds what they listened on any more.
+        # No process holds the listening socket any more.
         client.connect(str(service.folder / "door"))
     assert service.parent.poll() is None
     slow.unlink()

@@ -1,4 +1,4 @@
-"""Who is let in, how a keys file is refused, and what the command that makes keys leaves behind."""
+"""API keys: the check of requests, malformed keys files, and the command that makes keys."""
 
 import hmac
 import json
@@ -23,7 +23,7 @@ from dropserve.app.security.api_keys import Keys, Scope
 from tests.conftest import run
 
 OPS, APP = b"ds_ops-key", b"ds_app-key"
-# Of a child's: the variable of whoever runs the tests must not reach it.
+# For child processes: a variable of the person who runs the tests must not reach them.
 NO_FILE = {"DROPSERVE_API_KEYS_FILE": ""}
 KEY = re.compile(r"ds_[A-Za-z0-9_-]{43}")
 
@@ -39,7 +39,7 @@ def write(file: Path, *entries: object) -> Path:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    """One key for all but debug, one for predict."""
+    """One key for predict and admin, one for predict."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     return Keys.read(
         write(file, entry("ops", OPS, "predict", "admin"), entry("app", APP, "predict"))
@@ -67,7 +67,7 @@ def test_a_known_key_is_let_in_by_either_header(keys: Keys, key: bytes, scope: S
         ({b"x-api-key": b"ds_other-key"}, "not known"),
         ({b"x-api-key": OPS + b"x"}, "not known"),
         ({b"x-api-key": OPS.upper()}, "not known"),
-        # Its hash, which whoever reads the file knows, is no key.
+        # A key's hash, which any reader of the file knows, is no key.
         ({b"x-api-key": sha256(OPS).hexdigest().encode()}, "not known"),
         ({b"x-api-key": sha256(OPS).digest()}, "not known"),
         ({b"x-api-key": b"\xff\x00\xc3\xa4"}, "not known"),
@@ -93,7 +93,7 @@ def test_no_key_or_none_that_is_known_is_unauthorized(
     for scope in scopes:
         with pytest.raises(Unauthorized, match=says) as caught:
             keys.check(headers, scope)
-        # Neither its message nor what it came from repeats what was sent.
+        # Neither the message nor the cause repeats the key.
         assert "ds_" not in f"{caught.value!r}{caught.value.__cause__!r}"
 
 
@@ -146,7 +146,7 @@ HEADERS = st.one_of(
 
 
 @given(headers=HEADERS, scope=st.sampled_from([None, *get_args(Scope)]))
-def test_whatever_is_sent_a_request_is_let_in_unauthorized_or_forbidden(
+def test_any_headers_are_let_in_unauthorized_or_forbidden(
     keys: Keys, headers: dict[bytes, bytes], scope: Scope | None
 ) -> None:
     try:
@@ -194,7 +194,7 @@ GOOD = entry("ops", OPS, "predict")
         ({"keys": [GOOD, entry("ops", APP, "debug")]}, "keys.1.name: the same as in keys.0"),
     ],
 )
-def test_a_keys_file_that_is_not_as_it_should_be_is_one_line_that_says_where(
+def test_a_malformed_keys_file_is_one_line_that_says_where(
     tmp_path: Path, content: object, says: str
 ) -> None:
     file = tmp_path / "keys.json"
@@ -207,7 +207,7 @@ def test_a_keys_file_that_is_not_as_it_should_be_is_one_line_that_says_where(
     assert line.startswith(f"the keys file '{file}'")
     assert says in line
     assert line.splitlines() == [line]
-    # A key that is in the wrong place is in no log.
+    # A key in the wrong place never reaches a log.
     assert "ds_" not in line
 
 
@@ -256,7 +256,7 @@ def test_the_command_adds_to_the_file_of_the_environment(tmp_path: Path) -> None
     keys.check({b"x-api-key": done.stdout.strip().encode()}, "admin")
 
 
-def test_without_a_file_the_command_says_what_to_put_into_one(tmp_path: Path) -> None:
+def test_without_a_file_the_command_prints_the_entry_for_one(tmp_path: Path) -> None:
     done = new("--scope", "debug", "--name", "night shift")
     assert done.returncode == 0
     key = done.stdout.removesuffix("\n")
@@ -267,7 +267,7 @@ def test_without_a_file_the_command_says_what_to_put_into_one(tmp_path: Path) ->
     Keys.read(write(tmp_path / "keys.json", given)).check({b"x-api-key": key.encode()}, "debug")
 
 
-# What follows calls the same function in this process: a process each takes a second to start.
+# The tests below call the function in this process: a child process takes a second to start.
 Said = tuple[int, str, str]
 
 
@@ -363,7 +363,7 @@ def test_where_the_new_file_cannot_take_its_place_the_old_one_stays(
     before = file.read_bytes()
 
     def fail(old: str, new: Path) -> None:
-        # All is written by now, and to another file.
+        # By now everything is written, to another file.
         assert len(json.loads(Path(old).read_text())["keys"]) == 2
         assert new.read_bytes() == before
         raise OSError(28, "No space left on device")
@@ -376,7 +376,7 @@ def test_where_the_new_file_cannot_take_its_place_the_old_one_stays(
     assert os.listdir(tmp_path) == ["keys.json"]
 
 
-def test_what_a_link_leads_to_is_added_to(
+def test_a_key_is_added_to_the_target_of_a_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "keys.json", GOOD)
