@@ -55,7 +55,7 @@ from dropserve.model.training import Schedule, Trained, TrainingConfig, train
 
 # As in the paper's code.
 PASSES = 10_000
-# Settings are compared on one in so many of the training rows.
+# Settings are compared on 1 / HELD_OUT of the training rows.
 HELD_OUT = 5
 DATA_DIR = Path("../shared/data/uci")
 ONE_LAYER, ONE_LAYER_128 = "one layer", "one layer, batches of 128"
