@@ -73,23 +73,25 @@ format: setup
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
+# `make bench RECORD=--record` replaces the committed figures in benchmarks/results.
+RECORD :=
 bench: $(BENCHMARKS)
 
 soak overload uci: setup
-	$(PYTHON) -m benchmarks.$@
+	$(PYTHON) -m benchmarks.$@ $(RECORD)
 
 $(BENCHMARKS): setup
-	$(PYTHON) -m benchmarks.$(subst -,_,$@)
+	$(PYTHON) -m benchmarks.$(subst -,_,$@) $(RECORD)
 
 first-paint: setup browser
-	$(PYTHON) -m benchmarks.first_paint
+	$(PYTHON) -m benchmarks.first_paint $(RECORD)
 
 bench-peers: setup build/peers/passes/installed $(PEERS:%=build/peers/%/installed)
-	$(PYTHON) -m benchmarks.predict_http --peers
-	build/peers/passes/bin/python -m benchmarks.mc_passes
+	$(PYTHON) -m benchmarks.predict_http --peers $(RECORD)
+	build/peers/passes/bin/python -m benchmarks.mc_passes $(RECORD)
 
-# An environment each, but for baal, which is compared in one process with us and asks for versions
-# and packages that none of this needs.
+# One environment for each peer. baal runs in one process with dropserve: its environment borrows our
+# packages, and leaves out the versions and packages that baal asks for and the comparison does not use.
 build/peers/passes/installed: benchmarks/peers/passes.txt
 	python3 -m venv build/peers/passes
 	build/peers/passes/bin/python -m pip install --quiet --no-deps --requirement $<

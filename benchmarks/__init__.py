@@ -1,1 +1,4 @@
-"""Questions of speed, one file each; each prints a table of ratios from one run."""
+"""Questions of speed and cost: one file a question, one table as its answer.
+
+The shared modules: ``timing`` measures, ``figures`` writes and reads, ``network`` makes the models.
+"""

@@ -1,9 +1,11 @@
-"""What does each step of a deployment carry, beside one worker? ``make deployment``.
+"""How much load does each step of a deployment carry, relative to one worker? ``make deployment``.
 
-- *over HTTP*: one worker, and one replica on Ray behind Ray's own proxy and behind its HAProxy, all
-  that each consists of on the same core; the load (wrk) has another.
-- *files*: ``python -m app score`` with 100 passes a row, in threads and by Ray Data, on all cores;
-  from beginning to end, Ray's start included.
+The table has two parts:
+
+- *over HTTP*: one worker, and one Ray replica behind Ray's own proxy and behind its HAProxy. All
+  processes of a deployment share one core; the load generator (wrk) has another.
+- *files*: ``python -m app score`` with 100 passes a row, by threads and by Ray Data, on all cores.
+  The time is that of the whole command, Ray's start included.
 """
 
 import json
@@ -15,13 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.predict_http import OURS, Server, example_rows, free_port, load, running, servers
 
 CONNECTIONS = 32
@@ -31,20 +32,20 @@ HAPROXY = Path(__file__).resolve().parents[1] / "deploy" / "ray" / "haproxy.env"
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     if shutil.which("wrk") is None:
         sys.exit("error: wrk is needed for the load (Debian's package wrk)")
     models = network.models()
     inputs = example_rows(models)[:1]
     with tempfile.TemporaryDirectory() as folder:
         found = over_http(models, inputs, Path(folder)) + files(models, Path(folder))
-    timing.report(__file__, f"Steps of a deployment ({timing.machine()})", found)
+    figures.report(args.result, f"Steps of a deployment ({timing.machine()})", found)
 
 
-def over_http(models: Path, inputs: list[object], folder: Path) -> list[timing.Row]:
-    """Ask each server for predictions, then for passes."""
-    found: list[timing.Row] = []
+def over_http(models: Path, inputs: list[object], folder: Path) -> list[figures.Row]:
+    """Load each deployment with predictions, then with uncertainty requests."""
+    found: list[figures.Row] = []
     for route in ("/predict", "/uncertainty"):
-        # Pinned to one core they do not need a cluster, and it does not need to be told.
         asked = {
             "one worker": Server(servers(models)[OURS].command, route),
             "Ray, its proxy": ray_server(models, folder, route, {}),
@@ -64,7 +65,7 @@ def over_http(models: Path, inputs: list[object], folder: Path) -> list[timing.R
 
 
 def ray_server(models: Path, folder: Path, route: str, environment: dict[str, str]) -> Server:
-    """Return one replica on a Ray cluster of its own, which is started with it."""
+    """Return a server of one replica, on a Ray cluster that it starts itself."""
     port = free_port()
     config = {
         "proxy_location": "HeadOnly",
@@ -88,7 +89,7 @@ def ray_server(models: Path, folder: Path, route: str, environment: dict[str, st
 
 
 def haproxy(folder: Path) -> dict[str, str]:
-    """Return what sets up HAProxy, with files and ports that no other on this machine has."""
+    """Return the environment of Ray's HAProxy, with files and ports of its own."""
     lines = shlex.split(HAPROXY.read_text(), comments=True)
     return dict(line.split("=", 1) for line in lines) | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -101,12 +102,12 @@ def haproxy(folder: Path) -> dict[str, str]:
     }
 
 
-def files(models: Path, folder: Path) -> list[timing.Row]:
-    """Score a file in both ways."""
+def files(models: Path, folder: Path) -> list[figures.Row]:
+    """Score a file by threads and by Ray Data."""
     x = np.random.default_rng(0).integers(0, 17, (FILE_ROWS, 64)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
     pq.write_table(pa.table({"inputs": column}), folder / "in.parquet")
-    found: list[timing.Row] = []
+    found: list[figures.Row] = []
     first = 0.0
     for name, options in (("threads", []), ("Ray Data", ["--ray"])):
         asked = ["--passes", str(PASSES), "--models", str(models), "--device", "cpu", *options]
@@ -127,20 +128,23 @@ def files(models: Path, folder: Path) -> list[timing.Row]:
     return found
 
 
-def sizing() -> list[timing.Row]:
-    """Say what one core carries, by what the other benchmarks found last."""
-    http = {(row["what"], row["rows"], row.get("connections")): row for row in read("predict_http")}
+def sizing() -> list[figures.Row]:
+    """Return what one core carries, by the committed figures of the other benchmarks."""
+    http = {
+        (row["what"], row["rows"], row.get("connections")): row
+        for row in figures.read("predict_http")
+    }
     asked = [
         (f"{OURS}", 1, "/predict, 1 row"),
         (f"{OURS}", 64, "/predict, 64 rows"),
         (f"{OURS}, Open Inference Protocol, binary", 64, "/v2/.../infer, 64 rows, binary"),
         (f"{OURS}, /uncertainty, 100 passes", 1, "/uncertainty, 1 row, 100 passes"),
     ]
-    found: list[timing.Row] = [
+    found: list[figures.Row] = [
         {"asked": says, "a core answers": f"{http[what, rows, 32]['requests/s']:,.0f} a second"}
         for what, rows, says in asked
     ]
-    (line,) = [row for row in read("scaling") if row["axis"] == "passes: line"]
+    (line,) = [row for row in figures.read("scaling") if row["axis"] == "passes: line"]
     found.append(
         {
             "asked": "more passes, or rows with passes",
@@ -150,20 +154,12 @@ def sizing() -> list[timing.Row]:
     )
     (idle,) = [
         row
-        for row in read("startup_memory")
+        for row in figures.read("startup_memory")
         if (row["what"], row["server"]) == ("MB idle", "dropserve")
     ]
-    (soaked,) = [row for row in read("soak") if row["what"] == "all"]
+    (soaked,) = [row for row in figures.read("soak") if row["what"] == "all"]
     memory = f"{idle['median']:.0f} MB idle, {soaked['MB']:.0f} MB after 20 minutes of everything"
     return [*found, {"asked": "memory of a worker", "a core answers": memory}]
-
-
-def read(benchmark: str) -> list[dict[str, Any]]:
-    """Return what a benchmark has found last."""
-    found: list[dict[str, Any]] = json.loads(
-        Path(__file__).with_name(f"{benchmark}.json").read_text()
-    )
-    return found
 
 
 if __name__ == "__main__":

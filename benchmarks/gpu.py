@@ -1,15 +1,19 @@
-"""What does a GPU make of it? ``make gpu``.
+"""Does a GPU give the same outputs as the CPU, and how fast? ``make gpu``.
 
-Parity: both graphs on the GPU against the CPU, with the same masks. Then the time of a run over
-rows and widths, on the CPU and on the GPU: as the service makes it, arrays in and out; with its
-inputs and output bound to the device's memory, so that no copy is timed, also in float16; and as a
-CUDA graph. What masks cost: made on the host, as the service does (how they are sent is part of
-"passes"); sent as bits and unpacked on the device, made and packed before; and drawn by the device
-itself, whose bits are its own. The floor is the device's own rate of matrix products, measured with
-the same library.
+The table gives, for each width and number of rows:
+
+- parity: how far both graphs on the GPU are off the CPU's outputs, with the same masks;
+- the time of a run on the CPU and on the GPU: with arrays in and out, as in the service; with
+  inputs and output bound to device memory, so that no copy is timed, also in float16; and as a
+  CUDA graph;
+- the time of the masks: drawn on the host, as in the service (their transfer is part of "passes");
+  sent as bits and unpacked on the device (drawing and packing are not timed); and drawn by the
+  device, which then differ from the host's.
+
+Passes are also given as a share of the device's rate of large matrix products, measured with the
+same library.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +26,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, load_from_string, numpy_helper
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from dropserve.app.bundles import loader
 from dropserve.app.errors import DeviceUnavailable
 from dropserve.app.inference.engine import Engine
@@ -35,9 +39,9 @@ WIDTHS = (256, 1024)
 ROWS = (1, 16, 64, 256)
 PASSES = 100
 OPSET = 20
-# Of the largest output; what another order of additions changes.
+# Relative to the largest output: the effect of another order of additions.
 PARITY = 1e-5
-# Large enough that a device shows what it can do.
+# Large enough to keep a GPU busy.
 PRODUCT_SIDE, PRODUCTS = 4096, 8
 
 Feed = Mapping[str, NDArray[Any]]
@@ -46,26 +50,26 @@ Work = Callable[[], object]
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    args = figures.parser(__file__, __doc__).parse_args()
     try:
         check_present("cuda")
-        timing.report(__file__, f"{PASSES} passes a row ({timing.machine()})", measure("cuda"))
+        figures.report(args.result, f"{PASSES} passes a row ({timing.machine()})", measure("cuda"))
     except DeviceUnavailable as error:
-        # No failure: `make bench` goes on.
+        # Not a failure, so that `make bench` goes on.
         print(f"there is nothing to measure here: {error}")
 
 
 def measure(
     device: Device, widths: tuple[int, ...] = WIDTHS, rows: tuple[int, ...] = ROWS
-) -> list[timing.Row]:
-    """Return the table of a device.
+) -> list[figures.Row]:
+    """Return the rows of a device's table.
 
     Raises
     ------
     DeviceUnavailable
-        If there is no such device.
+        If the machine has no such device.
     """
-    found: list[timing.Row] = []
+    found: list[figures.Row] = []
     rate = product_rate(device)
     for width in widths:
         bundle = loader.read_bundle(network.models(width) / "digits" / "1")
@@ -95,7 +99,7 @@ def measure(
 def alternatives(
     bundle: loader.Bundle, engine: Engine, cpu: Engine, count: int
 ) -> tuple[dict[str, Work], float]:
-    """Return the ways to run passes of ``count`` rows, by name, and how far the device is off."""
+    """Return the ways to run passes of ``count`` rows, by name, and the device's relative error."""
     manifest, generator = engine.manifest, np.random.default_rng(count)
     x = generator.normal(8, 5, (count, *manifest.input.shape)).astype(np.float32)
     rows = np.repeat(np.arange(count), PASSES)
@@ -133,7 +137,7 @@ def alternatives(
 
 
 def session(graph: bytes, device: Device, **more: str) -> onnxruntime.InferenceSession:
-    """Load a graph on a device, as the service does, with more options of its provider."""
+    """Load a graph on a device as the service does, with further options of its provider."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     first, *others = PROVIDERS[device]
@@ -142,12 +146,12 @@ def session(graph: bytes, device: Device, **more: str) -> onnxruntime.InferenceS
 
 
 def bound(loaded: onnxruntime.InferenceSession, device: Device, feed: Feed) -> Work:
-    """Return a run whose inputs lie in the device's memory, and whose outputs stay there."""
+    """Return a run with its inputs and outputs in the device's memory."""
     binding = loaded.io_binding()
     for name, array in feed.items():
         value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
         binding.bind_ortvalue_input(name, value)
-    # The outputs of one run are the places for those of all: a CUDA graph needs fixed ones.
+    # All runs write their outputs where the first one did: a CUDA graph needs fixed addresses.
     for output in loaded.get_outputs():
         binding.bind_output(output.name, device, 0)
     loaded.run_with_iobinding(binding)
@@ -164,7 +168,7 @@ def bound(loaded: onnxruntime.InferenceSession, device: Device, feed: Feed) -> W
 
 
 def unpacked(device: Device, masks: Feed) -> Work:
-    """Return a run that takes masks as bits and leaves them on the device as booleans."""
+    """Return a run that sends masks as bits and unpacks them to booleans on the device."""
     table = ((np.arange(256)[:, None] >> np.arange(7, -1, -1)) & 1).astype(bool)
     nodes: list[NodeProto] = []
     weights = [numpy_helper.from_array(table, "table")]
@@ -201,7 +205,7 @@ def unpacked(device: Device, masks: Feed) -> Work:
 
 
 def drawn(device: Device, masks: Feed) -> Work:
-    """Return a run that draws masks of p = 0.5 on the device and leaves them there."""
+    """Return a run that draws masks with p = 0.5 on the device and leaves them there."""
     nodes: list[NodeProto] = []
     outputs: list[Value] = []
     for place, mask in enumerate(masks.values()):
@@ -215,7 +219,7 @@ def drawn(device: Device, masks: Feed) -> Work:
 
 
 def product_rate(device: Device) -> float:
-    """Measure the floating point operations a second of large matrix products."""
+    """Return the floating-point operations per second of large matrix products."""
     side = PRODUCT_SIDE if device != "cpu" else PRODUCT_SIDE // 8
     names = ["x", *(f"y{place}" for place in range(PRODUCTS))]
     nodes = [
@@ -235,7 +239,7 @@ def graph(
     outputs: Sequence[Value],
     weights: list[TensorProto],
 ) -> bytes:
-    """Write a graph as an ONNX file."""
+    """Return a graph as the content of an ONNX file."""
     model = helper.make_model(
         helper.make_graph(
             nodes,

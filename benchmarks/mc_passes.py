@@ -1,15 +1,15 @@
-"""What do 100 train-mode passes cost, beside what else one could do? ``make mc-passes``.
+"""What do 100 train-mode passes cost, relative to the alternatives? ``make mc-passes``.
 
-In process, on one thread: from rows to statistics of class probabilities, of 1, 16 and 64 rows, for
-the default network and one four times as wide. The floor is the network's matrix products alone,
-in onnxruntime. baal is measured where it is installed (``make bench-peers`` does that).
+The table gives the time from rows to statistics of class probabilities, in process and on one
+thread, for 1, 16 and 64 rows, the default network and one four times as wide. The floor is the
+network's matrix products alone, in onnxruntime. baal is timed where it is installed, as
+``make bench-peers`` does.
 """
 
-import argparse
 import importlib.util
 import os
 
-# Before numpy and torch are loaded, which read it then.
+# numpy and torch read it when they are imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.blocking import BlockingService
 from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
@@ -41,12 +41,12 @@ Work = Callable[[], object]
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__)
+    command = figures.parser(__file__, __doc__)
     command.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     command.add_argument("--rows", type=int, nargs="+", default=BATCHES)
     args = command.parse_args()
     torch.set_num_threads(1)
-    found: list[timing.Row] = []
+    found: list[figures.Row] = []
     for width in args.widths:
         for rows in args.rows:
             seconds = timing.interleaved(works(width, rows))
@@ -61,7 +61,7 @@ def main() -> None:
                 }
                 for name, value in seconds.items()
             ]
-    timing.report(__file__, f"{PASSES} passes, one thread ({timing.machine()})", found)
+    figures.report(args.result, f"{PASSES} passes, one thread ({timing.machine()})", found)
 
 
 def works(width: int, rows: int) -> dict[str, Work]:
@@ -92,7 +92,7 @@ def works(width: int, rows: int) -> dict[str, Work]:
 
 
 def products(width: int, rows: int) -> Work:
-    """Return the network's matrix products, of the sizes that passes need, in one graph."""
+    """Return one graph of the network's matrix products, in the sizes that the passes need."""
     generator = np.random.default_rng(0)
     sizes = [(rows, 64, width), (rows * PASSES, width, width), (rows * PASSES, width, 10)]
     nodes, inputs, outputs, weights, feed = [], [], [], [], {}
@@ -109,7 +109,7 @@ def products(width: int, rows: int) -> Work:
 
 
 def torch_loop(model: nn.Module, x: torch.Tensor) -> object:
-    """Run one pass after the other."""
+    """Run the passes one after another."""
     with torch.inference_mode():
         model.train()
         samples = torch.stack([model(x).softmax(-1) for _ in range(PASSES)])
@@ -125,7 +125,7 @@ def torch_tiled(model: nn.Module, x: torch.Tensor) -> object:
 
 
 def statistics(samples: torch.Tensor) -> object:
-    """Summarise samples ``[T, B, C]``, as dropserve does, but for the interval."""
+    """Summarise samples ``[T, B, C]`` as dropserve does, without the interval."""
     mean = samples.mean(0)
     expected = -torch.xlogy(samples, samples).sum(-1).mean(0)
     predictive = -torch.xlogy(mean, mean).sum(-1)
@@ -133,7 +133,7 @@ def statistics(samples: torch.Tensor) -> object:
 
 
 def random_uniform_like(model: nn.Module, x: Floats) -> Work:
-    """Return a graph that draws its own masks: every site ``x * (u >= p)``, rows repeated."""
+    """Return a graph that draws its own masks, ``x * (u >= p)`` at every site, rows repeated."""
     nodes: list[NodeProto] = []
     weights: list[TensorProto] = []
     value = "x"
@@ -189,7 +189,7 @@ def session(graph: GraphProto) -> onnxruntime.InferenceSession:
 
 
 def baal(model: nn.Module, x: torch.Tensor) -> dict[str, Work]:
-    """Return baal's two ways of making passes, for the network with torch's own dropout."""
+    """Return baal's two ways to run passes, for the network with torch's own dropout."""
     from baal import ModelWrapper
     from baal.bayesian.dropout import MCDropoutModule
     from baal.modelwrapper import TrainingArgs

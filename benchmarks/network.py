@@ -1,6 +1,6 @@
-"""What the benchmarks run: the default network on digits, trained and exported by the commands.
+"""The network under test: the default one on digits, trained and exported by the commands.
 
-How well it was trained does not matter here, so it is trained for one epoch.
+The benchmarks time it and score none of its answers, so one epoch of training is enough.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ FOLDER = Path("build/benchmarks")
 
 
 def models(width: int = 256) -> Path:
-    """Return a models folder with one bundle, ``digits``, an MLP of two layers so wide."""
+    """Return a models folder with one bundle, ``digits``: an MLP of two layers of this width."""
     folder = FOLDER / f"models-{width}"
     if not (folder / "digits" / "1").exists():
         options = ["--hidden", f"{width},{width}", "--epochs", "1"]
@@ -22,7 +22,7 @@ def models(width: int = 256) -> Path:
 
 
 def run(width: int = 256) -> Path:
-    """Return where the checkpoint of that network is, once ``models`` has made it."""
+    """Return the folder of that network's checkpoint, which ``models`` creates."""
     return FOLDER / f"runs-{width}" / "digits"
 
 

@@ -1,19 +1,20 @@
-"""What do 400 connections make of a queue of 64 rows? ``make overload``.
+"""How does the service cope with overload: 400 connections, a queue of 64 rows? ``make overload``.
 
-The issue asks: only 200 and 503; the live probe answers within 0.5 s throughout; the p99 of what is
-accepted stays under 3 times the unloaded p99 plus the queue's own worth; memory returns.
+The targets: no status but 200 and 503; a live probe within 0.5 s throughout; for accepted requests
+a p99 below 3 times the unloaded p99 plus the time to work off a full queue; memory that comes
+back down. The table has a row for each load:
 
-- *unloaded*: one kept connection, one prediction of a row after the other.
-- *saturated*: 32 kept connections, each asking again as soon as it has its answer, none refused.
-  The seconds per answer are those of a row; the queue's own worth is 64 times that.
-- *patient*: 400 kept connections, all opened at once. After a 200 a client asks again at once;
-  after a 503 it waits as long as Retry-After says, and up to half as long again by chance, so that
-  those who were refused together do not come back together.
-- *impatient*: the same, but a client asks again at once after a 503, too.
+- *unloaded*: one keep-alive connection, one prediction of a row after another.
+- *saturated*: 32 keep-alive connections, each sending its next request as soon as it has the
+  response, none refused. The time per response is that of a row; a full queue takes 64 times that.
+- *patient*: 400 keep-alive connections, all opened at once. After a 200 a client sends its next
+  request at once; after a 503 it waits for the time in Retry-After plus a random share, up to half,
+  of it, so that clients refused together do not return together.
+- *impatient*: the same, except that clients do not wait after a 503 either.
 
-Latency is from writing a request to having its whole answer, as the client sees it, from the first
-request on. The service has one core, the clients (one process, on uvloop) the other. The live
-probe is a new connection each tenth of a second, from the same process.
+Latency runs from writing a request to receiving its whole response, measured in the client from the
+first request on. The service has one core, the clients (one process, on uvloop) the other. Every
+tenth of a second the same process opens a new connection for the live probe.
 """
 
 import asyncio
@@ -35,13 +36,13 @@ from typing import Any, cast
 import numpy as np
 import uvloop
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 
 QUEUE_ROWS = 64
 CONNECTIONS, SATURATING = 400, 32
 SECONDS = 10.0
 PROBE_SECONDS = 0.1
-# Given to memory to come back.
+# For memory to come back down.
 REST_SECONDS = 2.0
 START_SECONDS = 60
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -49,7 +50,7 @@ LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 @dataclass
 class Running:
-    """A service that runs: its process, its log, and its port."""
+    """A running service: its process, its log and its port."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -63,12 +64,12 @@ class Running:
         return int(found[1]) * 1024 / 1e6
 
     def errors(self) -> list[str]:
-        """Return the lines of the log that say that something is wrong."""
+        """Return the lines of the log above the level of information."""
         with self.log.open() as lines:
             return [line for line in lines if '"level":"info"' not in line]
 
     def wait(self) -> None:
-        """Wait until the service listens, and learn its port."""
+        """Wait until the service listens, and read its port from the log."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
             found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text())
@@ -81,10 +82,10 @@ class Running:
 
 @contextmanager
 def served(models: Path, core: int | None = None, **environment: str) -> Iterator[Running]:
-    """Run the service on the CPU, on one core if that is given, until the block ends."""
+    """Run the service on the CPU until the block ends, pinned to ``core`` if there is one."""
     command = [sys.executable, "-m", "app", "--models", str(models), "--port", "0"]
     pinned = [] if core is None else ["taskset", "-c", str(core)]
-    # A file, not a pipe: who reads that takes time from the clients.
+    # A file, not a pipe, whose reader would take time from the clients.
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         process = subprocess.Popen(
             pinned + command,
@@ -106,33 +107,33 @@ def served(models: Path, core: int | None = None, **environment: str) -> Iterato
 
 @dataclass
 class Load:
-    """What came of a load: seconds of each answer by status, of each live probe, and memory."""
+    """Outcome of a load: seconds of each response by status, of each live probe, and memory."""
 
     answers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     lost: int = 0
     live: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
-    # One answer of each status other than 200, whole.
+    # One whole response for each status other than 200.
     seen: dict[int, bytes] = field(default_factory=dict)
 
     def percentile(self, share: float) -> float:
-        """Return the seconds within which so many per cent of the accepted were answered."""
+        """Return a percentile of the latency of accepted requests, in seconds."""
         return float(np.percentile(self.answers[200], share))
 
 
 class Client(asyncio.Protocol):
-    """A kept connection over which one request is sent again and again.
+    """A keep-alive connection that sends the same request over and over.
 
     Parameters
     ----------
     request
-        Whole, head and body.
+        The whole request, head and body.
     patient
-        Whether it waits after a 503.
+        Whether to wait after a 503.
     end
-        When to ask no more, by the loop's clock.
+        Time of the loop's clock after which to send no more requests.
     load
-        Where answers are noted.
+        Where to note responses.
     """
 
     def __init__(self, request: bytes, patient: bool, end: float, load: Load) -> None:
@@ -146,13 +147,13 @@ class Client(asyncio.Protocol):
         self.asked: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        # uvloop's is no subclass.
+        """Send the first request."""
+        # uvloop's transport is no subclass of asyncio's.
         self.transport = cast(asyncio.Transport, transport)
         self.ask()
 
     def ask(self) -> None:
-        """Send the request, unless it is time to end."""
+        """Send the request, or close the connection when the time is up."""
         if self.loop.time() >= self.end:
             self.transport.close()
         elif not self.transport.is_closing():
@@ -160,7 +161,7 @@ class Client(asyncio.Protocol):
             self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        """Note an answer once it is whole, and go on."""
+        """Note a response once it is complete, and send the next request."""
         self.received += data
         head, _, body = self.received.partition(b"\r\n\r\n")
         if len(body) < header(head, b"content-length", 1):
@@ -178,13 +179,13 @@ class Client(asyncio.Protocol):
             self.ask()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End; what was asked and not answered is lost."""
+        """Count a request that has no response yet as lost."""
         self.load.lost += self.asked is not None
         self.done.set_result(None)
 
 
 def header(head: bytes, name: bytes, default: int) -> int:
-    """Return a header that is a whole number."""
+    """Return the value of a header with an integer value."""
     _, found, rest = head.lower().partition(name + b": ")
     return int(rest.partition(b"\r\n")[0]) if found else default
 
@@ -198,7 +199,7 @@ async def load(
     patient: bool = True,
     memory: Callable[[], float] = lambda: 0.0,
 ) -> Load:
-    """Send a request over and over; probe the service meanwhile, and read its memory."""
+    """Send a request over and over, while probing the service and reading its memory."""
     found = Load()
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -214,7 +215,7 @@ async def load(
 
 
 async def watch(port: int, end: float, found: Load, memory: Callable[[], float]) -> None:
-    """Ask whether the service lives, and read its memory, until the end."""
+    """Probe the service and read its memory at intervals until the end."""
     loop = asyncio.get_running_loop()
     while loop.time() < end:
         found.live.append(await probe(port))
@@ -223,45 +224,46 @@ async def watch(port: int, end: float, found: Load, memory: Callable[[], float])
 
 
 async def probe(port: int) -> float:
-    """Return how long the live probe takes, from connecting to having its answer."""
+    """Return the seconds of a live probe, from connecting to its response."""
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(LIVE)
     answer = await reader.read()
     writer.close()
     if not answer.startswith(b"HTTP/1.1 200 "):
-        raise RuntimeError(f"the live probe is answered with {answer[:100]!r}")
+        raise RuntimeError(f"the live probe got {answer[:100]!r}")
     return time.perf_counter() - start
 
 
 def post(path: str, document: object) -> bytes:
-    """Write a request."""
+    """Return a POST request with a JSON body."""
     body = json.dumps(document).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     models = network.models()
     examples = json.loads((models / "digits" / "1" / "examples.json").read_text())
     request = post("/predict", {"inputs": [examples[0]["input"]]})
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {last})
     rows = measure(models, request, first, SECONDS)
-    timing.report(__file__, f"One core each ({timing.machine()})", rows)
+    figures.report(args.result, f"One core each ({timing.machine()})", rows)
     sys.exit(0 if all(row.get("holds") in ("yes", None) for row in rows) else 1)
 
 
-def measure(models: Path, request: bytes, core: int | None, seconds: float) -> list[timing.Row]:
-    """Load the service in each way, and say what came of it."""
-    rows: list[timing.Row] = []
+def measure(models: Path, request: bytes, core: int | None, seconds: float) -> list[figures.Row]:
+    """Apply each load to the service, and return the rows of the table."""
+    rows: list[figures.Row] = []
 
     def loaded(port: int, connections: int, **options: Any) -> Load:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(load(port, request, connections, seconds, **options))
 
     with served(models, core) as running:
-        loaded(running.port, SATURATING)  # to warm up
+        loaded(running.port, SATURATING)  # warm-up
         unloaded = loaded(running.port, 1)
         saturated = loaded(running.port, SATURATING)
     rows += [
@@ -293,7 +295,7 @@ def measure(models: Path, request: bytes, core: int | None, seconds: float) -> l
 
 
 def row(name: str, connections: int, found: Load, seconds: float) -> dict[str, Any]:
-    """Return what every load has in the table."""
+    """Return the columns that all loads share."""
     statuses = {
         f"{status}/s": len(each) / seconds for status, each in sorted(found.answers.items())
     }

@@ -1,5 +1,5 @@
--- What wrk sends, and how it says what it found. BODY names a file;
--- JSON_LENGTH, where it is set, how much of it is JSON that a binary tensor follows.
+-- The request that wrk sends, and the line in which it reports. BODY names the file of the body;
+-- JSON_LENGTH, where set, is the length of the JSON before a binary tensor.
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 if (os.getenv("JSON_LENGTH") or "") ~= "" then

@@ -1,13 +1,12 @@
-"""How many predictions does one core answer over HTTP, and how fast? ``make predict-http``.
+"""How many predictions does one core serve over HTTP, and how fast? ``make predict-http``.
 
-The server has one core, the load (wrk) another. The named alternatives serve the same ONNX file:
-a bare ASGI echo (the floor), FastAPI as its tutorial writes it and, with ``--peers`` (``make
-bench-peers``), LitServe, BentoML, MLServer, Ray Serve and Triton. Every server's answer is
-compared with ours before it is timed. ``/uncertainty`` is held against a loop of train-mode passes
-in torch, in process.
+The table gives rates and latencies of dropserve and of other servers of the same ONNX file:
+FastAPI in the style of its tutorial and, with ``--peers`` (``make bench-peers``), LitServe,
+BentoML, MLServer, Ray Serve and Triton. A bare ASGI echo is the limit. The server has one core, the
+load generator (wrk) another. Each server must return the same probabilities as dropserve before it
+is timed. ``/uncertainty`` is compared with a loop of train-mode passes in torch, in process.
 """
 
-import argparse
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 
 SECONDS = 4
 CONNECTIONS = (32, 1)
@@ -41,27 +40,27 @@ PROTOCOL = "/v2/models/digits/infer"
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server, and how to ask it."""
+    """How to start a server, and how to send it requests."""
 
     command: list[str]
     route: str = "/predict"
-    v2: bool = False  # asked as the Open Inference Protocol has it
-    binary: bool = False  # with a binary tensor
-    answers: bool = True  # with probabilities
+    v2: bool = False  # speaks the Open Inference Protocol
+    binary: bool = False  # takes and returns binary tensors
+    answers: bool = True  # returns probabilities
     environment: Mapping[str, str] = field(default_factory=dict)
-    port: int | None = None  # where it can be told that beforehand alone
+    port: int | None = None  # set where the port is fixed before the start
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__)
-    command.add_argument("--peers", action="store_true")
+    command = figures.parser(__file__, __doc__)
+    command.add_argument("--peers", action="store_true", help="time the other servers, too")
     args = command.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("error: wrk is needed for the load (Debian's package wrk)")
     models = network.models()
     onnx = (models / "digits" / "1" / "predict.onnx").resolve()
     inputs = example_rows(models)
-    found: list[timing.Row] = []
+    found: list[figures.Row] = []
     expected = None
     for name, server in (servers(models) | (peers() if args.peers else {})).items():
         with running(server, onnx, inputs[:1]) as port:
@@ -90,11 +89,11 @@ def main() -> None:
                     title = "dropserve, /uncertainty, 100 passes"
                     found.append({"what": title, "rows": 1, "connections": connections, **result})
     found.append(torch_loop(inputs[:1]))
-    timing.report(__file__, f"One core each ({timing.machine()})", with_ratios(found))
+    figures.report(args.result, f"One core each ({timing.machine()})", with_ratios(found))
 
 
 def servers(models: Path) -> dict[str, Server]:
-    """Return ours, and what needs no environment of its own."""
+    """Return dropserve, and the servers that need no environment of their own."""
     python = sys.executable
     ours = [python, "-m", "app", "--models", str(models), "--device", "cpu", "--port", "PORT"]
     return {
@@ -105,7 +104,7 @@ def servers(models: Path) -> dict[str, Server]:
 
 
 def peers() -> dict[str, Server]:
-    """Return those that ``make bench-peers`` has installed."""
+    """Return the servers that ``make bench-peers`` installs."""
     here = HERE / "peers"
     triton, packages = triton_files()
     return {
@@ -124,7 +123,7 @@ def peers() -> dict[str, Server]:
                 "MLSERVER_HTTP_PORT": "PORT",
                 "MLSERVER_GRPC_PORT": str(free_port()),
                 "MLSERVER_METRICS_PORT": str(free_port()),
-                # As many as there are cores for it.
+                # In one process, since there is one core.
                 "MLSERVER_PARALLEL_WORKERS": "0",
             },
         ),
@@ -150,7 +149,8 @@ def peers() -> dict[str, Server]:
 def triton_files() -> tuple[Path, Path]:
     """Return the folders of tritonserver and of its environment's packages.
 
-    The python backend lies apart from its stub for our Python, so a copy brings them together.
+    Triton wants its python backend and the stub for our version of Python in one folder; the
+    package has them in two, so they are copied.
     """
     packages = (PEERS / "triton" / "lib").resolve()
     (packages,) = packages.glob("python*/site-packages")
@@ -192,7 +192,7 @@ def running(server: Server, onnx: Path, inputs: list[Any]) -> Iterator[int]:
 def wait_until_it_answers(
     server: Server, port: int, inputs: list[Any], process: subprocess.Popen[bytes]
 ) -> None:
-    """Ask until there is an answer."""
+    """Send requests until one gets a response."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -205,7 +205,7 @@ def wait_until_it_answers(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server, and what it has started."""
+    """Stop a server and the processes that it has started."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, kind)
@@ -218,12 +218,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def ask(server: Server, port: int, inputs: list[Any]) -> Any:
-    """Ask once; return the answer.
+    """Send one request; return the JSON of the response.
 
     Raises
     ------
     OSError
-        If there is none.
+        If the server cannot be reached or returns an error status.
     """
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{server.route}",
@@ -235,7 +235,7 @@ def ask(server: Server, port: int, inputs: list[Any]) -> Any:
 
 
 def body(server: Server, inputs: list[Any]) -> bytes:
-    """Write a request in the server's protocol."""
+    """Return the body of a request in the server's protocol."""
     if not server.v2:
         return json.dumps({"inputs": inputs}).encode()
     tensor = {"name": "x", "shape": [len(inputs), len(inputs[0])], "datatype": "FP32"}
@@ -245,7 +245,7 @@ def body(server: Server, inputs: list[Any]) -> bytes:
 
 
 def json_head(tensor: dict[str, Any], inputs: list[Any]) -> bytes:
-    """Write the JSON that a binary tensor follows, and ask for the answer as one."""
+    """Return the JSON before a binary tensor, which requests a binary response."""
     parameters = {"binary_data_size": 4 * np.size(inputs)}
     wanted = {"name": "probabilities", "parameters": {"binary_data": True}}
     document = {"inputs": [tensor | {"parameters": parameters}], "outputs": [wanted]}
@@ -253,14 +253,14 @@ def json_head(tensor: dict[str, Any], inputs: list[Any]) -> bytes:
 
 
 def probabilities(answer: Any) -> Any:
-    """Find the probabilities in an answer."""
+    """Return the probabilities in a response."""
     if isinstance(answer, dict) and "outputs" in answer:
         return answer["outputs"][0]["data"]
     return answer["probabilities"] if isinstance(answer, dict) else answer
 
 
-def load(server: Server, port: int, inputs: list[Any], connections: int) -> timing.Row:
-    """Send one request over and over from the last core; return rates and latencies."""
+def load(server: Server, port: int, inputs: list[Any], connections: int) -> figures.Row:
+    """Send the same request over and over from the last core; return rate and latencies."""
     file = network.FOLDER / "body.json"
     content = body(server, inputs)
     file.write_bytes(content)
@@ -287,7 +287,7 @@ def load(server: Server, port: int, inputs: list[Any], connections: int) -> timi
 
 
 def torch_loop(inputs: list[Any]) -> dict[str, Any]:
-    """Time 100 train-mode passes of a row in a loop, in a process of its own."""
+    """Time a loop of 100 train-mode passes of a row, in a separate process."""
     code = (
         "import sys, json, torch; from benchmarks import mc_passes, network, timing;"
         "from dropserve.model import checkpoint; torch.set_num_threads(1);"
@@ -302,13 +302,13 @@ def torch_loop(inputs: list[Any]) -> dict[str, Any]:
     return {"what": "torch loop in process, 100 passes", "rows": 1, "p50 ms": milliseconds}
 
 
-def with_ratios(found: list[timing.Row]) -> list[timing.Row]:
-    """Add each rate's ratio to the echo's and ours at the same rows and connections."""
+def with_ratios(found: list[figures.Row]) -> list[figures.Row]:
+    """Add each rate's ratio to those of the echo and dropserve, at equal rows and connections."""
     rates = {
         (row["what"], row["rows"], row.get("connections")): row.get("requests/s") for row in found
     }
 
-    def ratio(row: timing.Row, other: str) -> float | None:
+    def ratio(row: figures.Row, other: str) -> float | None:
         mine = row.get("requests/s")
         theirs = rates.get((other, row["rows"], row.get("connections")))
         if not isinstance(mine, float) or not isinstance(theirs, float):
@@ -322,14 +322,14 @@ def with_ratios(found: list[timing.Row]) -> list[timing.Row]:
 
 
 def example_rows(models: Path) -> list[Any]:
-    """Return flat rows, real ones over and over, a little off whole numbers."""
+    """Return flat rows: the model's examples, repeated, plus 0.37 so that none is whole."""
     examples = json.loads((models / "digits" / "1" / "examples.json").read_text())
     rows = [(np.ravel(each["input"]) + 0.37).round(2).tolist() for each in examples]
     return [rows[place % len(rows)] for place in range(max(ROWS))]
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

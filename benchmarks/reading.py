@@ -1,13 +1,14 @@
 """What does it cost to read a request's rows, as JSON and as a binary tensor? ``make reading``.
 
-From the body, as it came over HTTP, to an array of float32 that has been checked: 1,024 rows of 64.
+The table gives, for each format, the time from the bytes of an HTTP body to a validated float32
+array of 1,024 rows of 64 features.
 """
 
 import json
 
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import figures, timing
 from dropserve.app.http import messages
 from dropserve.app.http.schemas import PredictRequest
 from dropserve.app.http.v2 import codec
@@ -18,6 +19,7 @@ HEADERS = {b"content-type": b"application/json"}
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     x = np.random.default_rng(0).normal(size=(ROWS, LENGTH)).astype(np.float32)
     as_json = json.dumps({"inputs": x.tolist()}).encode()
     tensor = {"name": "x", "shape": [ROWS, LENGTH], "datatype": "FP32"}
@@ -35,11 +37,11 @@ def main() -> None:
         }
     )
     fastest = min(seconds.values())
-    rows: list[timing.Row] = [
+    rows: list[figures.Row] = [
         {"body": name, "kB": len(content) / 1000, "ms": 1000 * took, "times": took / fastest}
         for (name, took), content in zip(seconds.items(), (as_json, listed, binary), strict=True)
     ]
-    timing.report(__file__, f"{ROWS} rows of {LENGTH} ({timing.machine()})", rows)
+    figures.report(args.result, f"{ROWS} rows of {LENGTH} ({timing.machine()})", rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """How do time and memory of uncertainty queries grow with passes, rows and width? ``make scaling``.
 
-In process, on one thread, from rows to statistics, for the default network on digits. A line is
-fitted to the times by passes and to those by rows, relative errors weighted alike. Memory is the
-peak of a process of its own that answers one query, the least and the most of three such; 0 passes:
-one that only loads the model.
+The table gives the time from rows to statistics, in process and on one thread, for the default
+network on digits. A line is fitted to the times by passes, and one to the times by rows, by least
+squares of the relative errors. Memory is the peak of a separate process that runs one query, as the
+least and the most of three such processes; with 0 passes the process only loads the model.
 """
 
 import argparse
 import os
 
-# Before numpy is loaded, which reads it then.
+# numpy reads it when it is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import resource
@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.blocking import BlockingService
 from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import load_engines
@@ -31,9 +31,9 @@ ROWS = (1, 4, 16, 64, 256)
 WIDTHS = (64, 256, 1024)
 DEFAULT_PASSES, DEFAULT_WIDTH = 100, 256
 MEMORY_ROWS = 64
-# How the C library lays out memory differs from process to process.
+# The C library's layout of memory differs from process to process.
 MEMORY_PROCESSES = 3
-# 4000 is close to the most passes that one run takes.
+# 4000 is close to the limit of a single run.
 MEMORY_PASSES = (0, 10, 100, 1000, 4000, 10_000)
 MOST_ROW_PASSES = 10**6
 
@@ -41,27 +41,28 @@ Work = Callable[[], object]
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__)
+    command = figures.parser(__file__, __doc__)
     command.add_argument("--peak", type=int, metavar="PASSES", help=argparse.SUPPRESS)
-    passes = command.parse_args().peak
-    if passes is None:
-        compare()
+    args = command.parse_args()
+    if args.peak is None:
+        title = f"Uncertainty queries, one thread ({timing.machine()})"
+        figures.report(args.result, title, compare())
     else:
-        print(peak(passes))
+        print(peak(args.peak))
 
 
-def compare() -> None:
-    """Measure everything, and report it."""
+def compare() -> list[figures.Row]:
+    """Return the rows of the table."""
     for width in WIDTHS:
         network.models(width)
-    # First, while this process is small: Linux counts the memory of the process that starts
-    # another into the other's ru_maxrss.
+    # First, while this process is small: on Linux a child's ru_maxrss includes the memory of the
+    # parent at the time of the fork.
     memory = [memory_row(passes) for passes in MEMORY_PASSES]
     service = load(DEFAULT_WIDTH)
     by_passes = timing.interleaved({str(t): work(service, 1, t) for t in PASSES})
     by_rows = timing.interleaved({str(b): work(service, b, DEFAULT_PASSES) for b in ROWS})
     by_width = timing.interleaved({str(w): work(load(w), 1, DEFAULT_PASSES) for w in WIDTHS})
-    found = [
+    return [
         *axis(f"passes of 1 row, width {DEFAULT_WIDTH}", by_passes),
         line("passes: line", by_passes),
         *axis(f"rows x {DEFAULT_PASSES} passes, width {DEFAULT_WIDTH}", by_rows),
@@ -69,11 +70,10 @@ def compare() -> None:
         *axis(f"width, 1 row x {DEFAULT_PASSES} passes", by_width),
         *memory,
     ]
-    timing.report(__file__, f"Uncertainty queries, one thread ({timing.machine()})", found)
 
 
 def load(width: int) -> BlockingService:
-    """Load the network of some width."""
+    """Load the network of this width."""
     return BlockingService(
         Service(
             load_engines(network.models(width), "cpu"),
@@ -86,15 +86,15 @@ def load(width: int) -> BlockingService:
 
 
 def work(service: BlockingService, rows: int, passes: int) -> Work:
-    """Return a query of held-out rows."""
+    """Return an uncertainty query of held-out rows."""
     with np.load(network.run(DEFAULT_WIDTH) / "holdout.npz") as holdout:
         inputs = holdout["x"][:rows].tolist()
     query = Query(inputs, "digits", 1, passes, seed=7, interval=0.9)
     return partial(service.uncertainty, query)
 
 
-def axis(name: str, seconds: Mapping[str, float]) -> list[timing.Row]:
-    """Return a row for each value of what was varied."""
+def axis(name: str, seconds: Mapping[str, float]) -> list[figures.Row]:
+    """Return a row for each value of the parameter that was varied."""
     first = next(iter(seconds.values()))
     return [
         {
@@ -108,8 +108,8 @@ def axis(name: str, seconds: Mapping[str, float]) -> list[timing.Row]:
     ]
 
 
-def line(name: str, seconds: Mapping[str, float]) -> timing.Row:
-    """Return the line through the times, and how far the furthest of them is from it."""
+def line(name: str, seconds: Mapping[str, float]) -> figures.Row:
+    """Return the line fitted to the times, and the largest relative error of it."""
     values = np.array([int(value) for value in seconds])
     times = np.array(list(seconds.values()))
     slope, intercept = np.polyfit(values, times, 1, w=1 / times)
@@ -122,8 +122,8 @@ def line(name: str, seconds: Mapping[str, float]) -> timing.Row:
     }
 
 
-def memory_row(passes: int) -> timing.Row:
-    """Measure the peak memory of a query in processes of its own."""
+def memory_row(passes: int) -> figures.Row:
+    """Measure the peak memory of a query, in separate processes."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--peak", str(passes)]
     peaks = [
         float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -134,7 +134,7 @@ def memory_row(passes: int) -> timing.Row:
 
 
 def peak(passes: int) -> float:
-    """Answer one query, none if of 0 passes; return the most memory this process had, in MB."""
+    """Run one query, or none for 0 passes; return this process's peak memory in MB."""
     service = load(DEFAULT_WIDTH)
     if passes:
         work(service, MEMORY_ROWS, passes)()

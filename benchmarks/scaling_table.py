@@ -1,23 +1,21 @@
-"""What does each of the three scalings cost? ``make scaling-table``.
+"""What does each of the three scalings cost in eval mode? ``make scaling-table``.
 
-Trains the default network with each scaling, on three splits of digits and five of diabetes, and
-reports on the held-out rows: the mean over splits, in eval mode and for the mean of 100 passes.
+The default network is trained with each scaling on three splits of digits and five of diabetes. The
+table gives metrics on the held-out rows, averaged over the splits, in eval mode and for the mean of
+100 passes.
 """
-
-import json
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import figures
 from dropserve.model import datasets
 from dropserve.model.dropout import SCALINGS, Scaling
 from dropserve.model.networks import NetworkConfig
 from dropserve.model.training import TrainingConfig, train
 
 SEEDS = {"digits": range(3), "diabetes": range(5)}
-RESULT = Path(__file__).with_suffix(".json")
-# Title, data set, mode, metric and digits of each column.
+# Each column: title, data set, mode, metric and decimals.
 COLUMNS = (
     ("digits accuracy, eval mode", "digits", "eval", "accuracy", 3),
     ("NLL, eval mode", "digits", "eval", "nll", 3),
@@ -48,6 +46,7 @@ def measure(data: str, scaling: Scaling, seed: int) -> Metrics:
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     runs = [(data, s, seed) for data, seeds in SEEDS.items() for s in SCALINGS for seed in seeds]
     found: dict[tuple[str, Scaling], list[Metrics]] = {}
     for data, scaling, seed in tqdm(runs, unit="network"):
@@ -59,18 +58,18 @@ def main() -> None:
         }
         for scaling in SCALINGS
     }
-    RESULT.write_text(json.dumps(table, indent=2) + "\n")
+    figures.write(args.result, table)
     print("\n".join(markdown(table)))
 
 
 def read() -> Table:
-    """Return the table as it was last measured."""
-    table: Table = json.loads(RESULT.read_text())
+    """Return the committed table."""
+    table: Table = figures.read("scaling_table")
     return table
 
 
 def markdown(table: Table) -> list[str]:
-    """Write the table as the README shows it."""
+    """Return the lines of the table as the README shows it."""
     lines = [
         "| scaling | " + " | ".join(title for title, *_ in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",

@@ -1,20 +1,22 @@
-"""Does the service answer rightly, and keep its memory, for as long as it runs? ``make soak``.
+"""Do responses stay right and memory flat under a long mixed load? ``make soak``.
 
-The issue asks of 20 minutes of mixed load: no wrong answer, no lost one, resident memory growth
-under 5 %. All at once, over and over:
+The targets for 20 minutes: no wrong response, no lost request, growth of resident memory below 5 %.
+The table gives counts and latencies for each kind of request, and the service's memory. The load,
+all at the same time and over and over:
 
 - predictions, as JSON and as binary tensors, passes with fixed seeds, and queries of 10,000 passes;
 - clients that hang up within a body, after it, and while a long query runs;
-- bodies that dribble in, and bodies that are wrong in every way that has a status of its own;
-- every ten seconds a new version of the model, of two kinds in turn whose answers differ, and the
-  oldest gone: by the Open Inference Protocol's ``load`` and by SIGHUP in turn;
-- the live probe, each tenth of a second, over a connection of its own.
+- bodies that arrive in small pieces, and invalid requests for each error status;
+- every ten seconds a new version of the model, alternating between two bundles with different
+  outputs, while the oldest version is removed; the service is told by the Open Inference Protocol's
+  ``load`` and by SIGHUP in turn;
+- the live probe, ten times a second, over a new connection each time.
 
-Every answer is held against that of the version it names, asked once before. Memory is the median
-of the second tenth of the time, held against that of the last; ten seconds to warm up come before.
+Each response is compared with a reference response of the version it names. Growth compares the
+median memory of the last tenth of the time with that of the second tenth, after a warm-up of ten
+seconds.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -33,29 +35,29 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.overload import PROBE_SECONDS, post, probe, served
 from dropserve.app.http.v2 import codec
 
 SECONDS, WARM_UP_SECONDS = 1200.0, 10.0
 RELOAD_SECONDS = 10.0
-# Clients of each kind, and the pause of each between two requests.
+# Clients of each kind, and the pause of a client between two requests.
 CLIENTS, PAUSE_SECONDS = 3, 0.02
 LONG_PAUSE_SECONDS = 2.0
-# What growth is allowed, in per cent, and how far answers of other batch sizes may differ.
+# Limit of growth in per cent, and how far outputs of other batch sizes may differ.
 GROWTH, TOLERANCE = 5.0, 1e-5
-# Versions in the folder at a time.
+# Versions in the folder at the same time.
 VERSIONS = 2
 PROBE_LIMIT_SECONDS = 0.5
-# How long a client keeps an idle connection: less than the service, which closes it after 5 s. HTTP
-# cannot save a request that crosses the closing, and no client may send a POST again by itself.
+# Less than the service's keep-alive timeout of 5 s: a request sent while the service closes an idle
+# connection is lost, and HTTP forbids clients to repeat a POST on their own.
 KEPT_SECONDS = 2.0
 
 Json = dict[str, Any]
 
 
 class Question(NamedTuple):
-    """What is asked, and under what name the answer holds the numbers to compare."""
+    """A request, and the field of its response that holds the numbers to compare."""
 
     kind: str
     path: str
@@ -64,7 +66,7 @@ class Question(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A request that is to be refused, and how."""
+    """An invalid request, and the status it must get."""
 
     content: bytes
     status: int
@@ -72,7 +74,7 @@ class Broken(NamedTuple):
 
 
 class Findings:
-    """What came of all requests."""
+    """The outcome of all requests."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -84,12 +86,12 @@ class Findings:
         self.reloads = 0
 
     def note(self, kind: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+        """Count a response."""
         self.statuses[kind][status] += 1
         self.seconds[kind].append(seconds)
 
     def growth(self, seconds: float) -> tuple[float, float]:
-        """Return the memory in MB after warming up, and how much of it was added, in per cent."""
+        """Return the memory in MB after the warm-up, and its growth in per cent."""
         begin = [size for at, size in self.memory if 0.1 <= at / seconds < 0.2]
         end = [size for at, size in self.memory if at / seconds >= 0.9]
         first, last = statistics.median(begin), statistics.median(end)
@@ -97,12 +99,12 @@ class Findings:
 
 
 def check(found: Findings, kind: str, given: Json, expected: Json | None, name: str) -> None:
-    """Note a wrong answer: not that of the version it names, or of none that there was."""
+    """Note a response that names an unknown version, or differs from that version's reference."""
     if expected is None:
-        found.wrong.append(f"{kind}: answered by version {given.get('version')}")
+        found.wrong.append(f"{kind}: unknown version {given.get('version')}")
         return
     if not np.allclose(given[name], expected[name], atol=TOLERANCE):
-        found.wrong.append(f"{kind}: version {given.get('version')} answers otherwise")
+        found.wrong.append(f"{kind}: not the numbers of version {given.get('version')}")
 
 
 class Soak:
@@ -111,17 +113,17 @@ class Soak:
     Parameters
     ----------
     url
-        Of the service.
+        URL of the service.
     pid
-        Its process.
+        Process ID of the service.
     models
         Its models folder, which holds version 1 of ``digits``.
     kinds
-        Two bundles, of which the versions are in turn; version 1 is of the first.
+        Two bundles that alternate as versions; version 1 is the first.
     rows
-        Rows to ask for.
+        Rows to send.
     reload_seconds
-        How long after a new version the next one comes.
+        Time from one new version to the next.
     """
 
     def __init__(
@@ -143,12 +145,12 @@ class Soak:
         self.found = Findings()
         limits = httpx.Limits(max_connections=64, keepalive_expiry=KEPT_SECONDS)
         self.client = httpx.AsyncClient(base_url=url, timeout=60, limits=limits)
-        # By kind of bundle (version modulo two) and question.
+        # Reference responses by kind of bundle (version modulo two) and question.
         self.expected: dict[tuple[int, int], Json] = {}
         self.newest = 1
 
     async def run(self, seconds: float, memory: Callable[[], float]) -> Findings:
-        """Load the service for some time."""
+        """Load the service for this long after the warm-up."""
         await self.learn()
         start = time.monotonic() + WARM_UP_SECONDS
         self.end = start + seconds
@@ -166,7 +168,7 @@ class Soak:
         return self.found
 
     async def learn(self) -> None:
-        """Ask each kind of bundle every question once; nothing else is asked meanwhile."""
+        """Fetch the reference responses of each kind of bundle before the load starts."""
         for _ in self.kinds:
             for number, question in enumerate(self.questions):
                 answer = await self.client.post(question.path, json=question.document)
@@ -179,7 +181,7 @@ class Soak:
         seed: int,
         pause: float = PAUSE_SECONDS,
     ) -> None:
-        """Do something until the end; what gets no answer is lost."""
+        """Repeat some work until the end, and note lost requests."""
         chance = random.Random(f"{work.__name__} {seed}")
         while time.monotonic() < self.end:
             try:
@@ -189,16 +191,16 @@ class Soak:
             await asyncio.sleep(min(pause, max(0.0, self.end - time.monotonic())))
 
     async def ask(self, chance: random.Random) -> None:
-        """Ask a question as JSON."""
+        """Send any question but the long one as JSON."""
         number = chance.randrange(len(self.questions) - 1)
         await self.ask_one(number)
 
     async def ask_long(self, _: random.Random) -> None:
-        """Ask for 10,000 passes."""
+        """Send the question of 10,000 passes."""
         await self.ask_one(len(self.questions) - 1)
 
     async def ask_one(self, number: int) -> None:
-        """Ask a question, and compare the answer."""
+        """Send a question, and check the response."""
         question = self.questions[number]
         began = time.monotonic()
         answer = await self.client.post(question.path, json=question.document)
@@ -211,14 +213,14 @@ class Soak:
         check(self.found, question.kind, given, expected, question.answer)
 
     async def ask_binary(self, chance: random.Random) -> None:
-        """Ask for a prediction by binary tensors."""
+        """Send a question for predictions as a binary tensor, and check the response."""
         number = chance.randrange(len(self.questions) - 1)
         question = self.questions[number]
         if question.path != "/predict":
             return
         x = np.asarray(question.document["inputs"], np.float32).reshape(-1, 64)
         content, length = codec.write_response({}, [("x", x, True)])
-        # An answer is written as a request is, but for the name of the list.
+        # The codec writes responses; a request differs in the name of the list.
         head = json.loads(content[:length])
         head = json.dumps(
             {
@@ -245,7 +247,7 @@ class Soak:
         check(self.found, "infer", named, expected, "probabilities")
 
     async def send_broken(self, chance: random.Random) -> None:
-        """Send what is to be refused."""
+        """Send an invalid request, and check the status."""
         each = chance.choice(self.broken)
         began = time.monotonic()
         answer = await self.client.post(
@@ -256,7 +258,7 @@ class Soak:
             self.found.wrong.append(f"broken: {answer.status_code}, not {each.status}")
 
     async def hang_up(self, chance: random.Random) -> None:
-        """Leave before there is an answer."""
+        """Close the connection before the response arrives."""
         request = post(self.questions[-1].path, self.questions[-1].document)
         whole = chance.random() < 0.5
         _, writer = await self.connect()
@@ -266,7 +268,7 @@ class Soak:
         self.found.statuses["hung up"][0] += 1
 
     async def dribble(self, chance: random.Random) -> None:
-        """Send a request in pieces."""
+        """Send a request in small pieces, and check the response."""
         number = chance.randrange(len(self.questions) - 1)
         question = self.questions[number]
         request = post(question.path, question.document)
@@ -288,7 +290,7 @@ class Soak:
         return await asyncio.open_connection(self.url.host, self.url.port or 80)
 
     async def publish(self, _: random.Random) -> None:
-        """Write the next version, take the oldest away, and have both noticed."""
+        """Publish the next version, remove the oldest, and wait until the service has reloaded."""
         version = self.newest + 1
         model = self.models / "digits"
         staging = self.models / f".staging-{version}"
@@ -310,13 +312,13 @@ class Soak:
         self.found.reloads += 1
 
     async def served(self) -> int:
-        """Return the newest version that is served."""
+        """Return the newest version that the service has loaded."""
         answer = await self.client.get("/health/ready")
         versions: list[int] = answer.raise_for_status().json()["models"]["digits"]
         return versions[-1]
 
     async def watch(self, start: float, memory: Callable[[], float]) -> None:
-        """Ask whether the service lives, and read its memory."""
+        """Probe the service and read its memory at intervals."""
         while (now := time.monotonic()) < self.end:
             self.found.memory.append((now - start, memory()))
             self.found.live.append(await probe(self.url.port or 80))
@@ -324,12 +326,12 @@ class Soak:
 
 
 def signal_process(pid: int) -> None:
-    """Have a service read its models folder."""
+    """Tell a service to reload its models folder."""
     os.kill(pid, signal.SIGHUP)
 
 
 def questions(rows: Sequence[Any]) -> list[Question]:
-    """Return what is asked; the last is long."""
+    """Return the questions; the last is the long one."""
     found = [
         Question("predict", "/predict", {"model": "digits", "inputs": list(rows[:count])}, answer)
         for count, answer in ((1, "probabilities"), (3, "probabilities"), (8, "probabilities"))
@@ -342,7 +344,7 @@ def questions(rows: Sequence[Any]) -> list[Question]:
 
 
 def broken(row: Any) -> list[Broken]:
-    """Return what is to be refused."""
+    """Return the invalid requests."""
     good = {"model": "digits", "inputs": [row]}
 
     def text(**change: object) -> bytes:
@@ -371,19 +373,19 @@ def soak(
     seconds: float,
     reload_seconds: float = RELOAD_SECONDS,
 ) -> tuple[Findings, list[Any]]:
-    """Load a service of its own; return what came of it, and the errors that it logged.
+    """Start a service and load it; return the outcome and the warnings and errors of its log.
 
     Parameters
     ----------
     kinds
-        Two bundles of digits whose answers differ.
+        Two bundles of digits with different outputs.
     rows
-        Rows to ask for, at least eight.
+        Rows to send, at least eight.
     seconds
-        How long, once warm.
+        Duration of the load after the warm-up.
     reload_seconds
-        How long after a new version the next one comes. Memory is given back then, so a tenth of
-        the time should hold such a moment.
+        Time from one new version to the next. A reload frees memory, so each tenth of ``seconds``
+        should contain one.
     """
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
@@ -398,9 +400,9 @@ def soak(
             return found, running.errors()
 
 
-def report(found: Findings, seconds: float) -> list[timing.Row]:
+def report(found: Findings, seconds: float) -> list[figures.Row]:
     """Return a row for each kind of request, and one for the service."""
-    rows: list[timing.Row] = []
+    rows: list[figures.Row] = []
     for kind, statuses in sorted(found.statuses.items()):
         times = found.seconds.get(kind)
         rows.append(
@@ -429,7 +431,7 @@ def report(found: Findings, seconds: float) -> list[timing.Row]:
 
 
 def faults(found: Findings, errors: Sequence[str], seconds: float) -> list[str]:
-    """Say what is not as it should be."""
+    """Return a line for each missed target; wrong, lost and logged ones up to five each."""
     _, growth = found.growth(seconds)
     says = [f"wrong: {each}" for each in found.wrong[:5]]
     says += [f"lost: {each}" for each in found.lost[:5]]
@@ -442,16 +444,16 @@ def faults(found: Findings, errors: Sequence[str], seconds: float) -> list[str]:
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(description=__doc__)
+    command = figures.parser(__file__, __doc__)
     command.add_argument("--seconds", type=float, default=SECONDS)
-    seconds = command.parse_args().seconds
+    args = command.parse_args()
     kinds = [network.models(width) / "digits" / "1" for width in (256, 64)]
     examples = json.loads((kinds[0] / "examples.json").read_text())
-    found, errors = soak(kinds, [each["input"] for each in examples], seconds)
-    title = f"{seconds:.0f} s ({timing.machine()})"
-    timing.report(__file__, title, report(found, seconds))
-    says = faults(found, errors, seconds)
-    print("\n".join(says) or "nothing is wrong or lost")
+    found, errors = soak(kinds, [each["input"] for each in examples], args.seconds)
+    title = f"{args.seconds:.0f} s ({timing.machine()})"
+    figures.report(args.result, title, report(found, args.seconds))
+    says = faults(found, errors, args.seconds)
+    print("\n".join(says) or "all targets are met")
     sys.exit(1 if says else 0)
 
 

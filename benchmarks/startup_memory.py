@@ -1,9 +1,10 @@
-"""How soon is the service ready, and what memory does it take? ``make startup-memory``.
+"""How soon is the service ready, and how much memory does it take? ``make startup-memory``.
 
-Beside it, the same network served from torch by FastAPI, as its tutorial writes an application.
-Both have one process and one thread for arithmetic. Ready: ``GET /health/ready`` answers 200.
-Memory is resident memory of the process: idle, after 300 predictions of a row and 30 uncertainty
-requests of 16 rows x 100 passes, one after the other, and the most until then.
+The table compares it with the same network in torch, served by a FastAPI application in the style
+of FastAPI's tutorial. Both run as one process with one thread for arithmetic. A server is ready
+when ``GET /health/ready`` returns 200. Memory is the resident memory of the process: idle; after
+300 predictions of one row and 30 uncertainty requests of 16 rows x 100 passes, one after another;
+and its peak until then.
 """
 
 import json
@@ -25,13 +26,13 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 
 STARTS = 3
 PREDICTIONS, UNCERTAINTIES = 300, 30
 ROWS, PASSES = 16, 100
 START_SECONDS = 60
-# Until threads that start with the service have come to rest.
+# Enough for the threads that start with the service to settle.
 IDLE_SECONDS = 1.0
 OURS = "dropserve"
 PORT = ("--port", "0")
@@ -42,14 +43,14 @@ SERVERS = {
 
 
 class Request(BaseModel):
-    """Rows, and how many passes to run of each."""
+    """Rows, and the number of passes to run of each."""
 
     inputs: list[list[float]]
     passes: int = PASSES
 
 
 def torch_app() -> FastAPI:
-    """Return the alternative."""
+    """Return the FastAPI application that serves the network from torch."""
     weights = load_file(network.run() / "weights.safetensors")
     model = torch_model(weights)
     app = FastAPI()
@@ -88,7 +89,7 @@ def torch_app() -> FastAPI:
 
 
 def torch_model(weights: dict[str, Tensor]) -> nn.Module:
-    """Build the network of torch's own layers: ours would load scikit-learn with them."""
+    """Build the network from torch's own layers: importing ours would load scikit-learn, too."""
     layers: list[nn.Module] = []
     for name in ("network.linears.0", "network.linears.1", "network.output"):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -99,6 +100,7 @@ def torch_model(weights: dict[str, Tensor]) -> nn.Module:
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     models = network.models()
     commands = dict(SERVERS)
     commands[OURS] += (str(models),)
@@ -107,7 +109,7 @@ def main() -> None:
     for _ in range(STARTS):
         for name, command in commands.items():
             found[name].append(measure(command, inputs))
-    table: list[timing.Row] = []
+    table: list[figures.Row] = []
     for what in found[OURS][0]:
         values = {name: [start[what] for start in starts] for name, starts in found.items()}
         ours = statistics.median(values[OURS])
@@ -122,18 +124,18 @@ def main() -> None:
             }
             for name, each in values.items()
         ]
-    timing.report(__file__, f"Median of {STARTS} starts ({timing.machine()})", table)
+    figures.report(args.result, f"Median of {STARTS} starts ({timing.machine()})", table)
 
 
 def rows(models: Path) -> list[list[float]]:
-    """Return rows of the model's examples, as many as a request has."""
+    """Return flat rows of the model's examples, as many as an uncertainty request has."""
     examples = json.loads((models / "digits" / "1" / "examples.json").read_text())
     flat = [[value for line in example["input"] for value in line] for example in examples]
     return [flat[place % len(flat)] for place in range(ROWS)]
 
 
 def measure(command: tuple[str, ...], inputs: list[list[float]]) -> dict[str, float]:
-    """Start a server and use it; return what the columns say."""
+    """Start a server and load it; return its figures by name."""
     start = time.perf_counter()
     with served(command) as (process, connection):
         ready = time.perf_counter() - start
@@ -155,7 +157,7 @@ def measure(command: tuple[str, ...], inputs: list[list[float]]) -> dict[str, fl
 def served(
     command: tuple[str, ...],
 ) -> Iterator[tuple[subprocess.Popen[bytes], HTTPConnection]]:
-    """Run a server until the block ends; yield it once it is ready."""
+    """Run a server until the block ends; yield its process and a connection once it is ready."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -175,7 +177,7 @@ def served(
 
 
 def wait_for_port(process: subprocess.Popen[bytes], log: int) -> int:
-    """Return the port that a starting server says it listens on."""
+    """Return the port on which a starting server logs that it listens."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         text = os.pread(log, 1 << 20, 0).decode()
@@ -186,7 +188,13 @@ def wait_for_port(process: subprocess.Popen[bytes], log: int) -> int:
 
 
 def ask(connection: HTTPConnection, path: str, body: object = None) -> None:
-    """Ask, and take nothing but 200 for an answer."""
+    """Send a request, and read the response.
+
+    Raises
+    ------
+    RuntimeError
+        If its status is not 200.
+    """
     content = None if body is None else json.dumps(body)
     headers = {"content-type": "application/json"}
     connection.request("GET" if body is None else "POST", path, content, headers)
@@ -197,7 +205,7 @@ def ask(connection: HTTPConnection, path: str, body: object = None) -> None:
 
 
 def memory(process: subprocess.Popen[bytes], field: str) -> float:
-    """Return resident memory in MB: now (VmRSS) or the most ever (VmHWM)."""
+    """Return the resident memory of a process in MB: current (VmRSS) or peak (VmHWM)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found

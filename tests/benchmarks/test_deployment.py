@@ -1,14 +1,14 @@
-"""What docs/deployment.md says of speed is what was measured last."""
+"""docs/deployment.md shows the committed figures."""
 
-from benchmarks import deployment, timing
+from benchmarks import deployment, figures
 from tests.conftest import ROOT
 
 DOCS = (ROOT / "docs" / "deployment.md").read_text()
 
 
-def test_the_docs_size_by_what_the_benchmarks_found_last() -> None:
-    assert "\n".join(timing.markdown(deployment.sizing())) in DOCS
+def test_the_docs_size_by_the_committed_figures() -> None:
+    assert "\n".join(figures.markdown(deployment.sizing())) in DOCS
 
 
-def test_the_docs_show_what_each_step_cost_when_it_was_last_measured() -> None:
-    assert "\n".join(timing.markdown(deployment.read("deployment"))) in DOCS
+def test_the_docs_show_the_committed_cost_of_each_step() -> None:
+    assert "\n".join(figures.markdown(figures.read("deployment"))) in DOCS

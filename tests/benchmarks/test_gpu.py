@@ -1,4 +1,4 @@
-"""The GPU's benchmark, on the CPU provider: what it compares agrees; it says what is missing."""
+"""The GPU benchmark on the CPU provider, and without a GPU."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0)
 
 
-def test_every_way_runs_and_what_must_agree_does() -> None:
-    # It compares the masks that were unpacked by the graph with those of the host itself.
+def test_every_alternative_runs_and_agrees_with_the_cpu() -> None:
+    # The benchmark itself compares the masks unpacked by the graph with the host's.
     found = gpu.measure("cpu", widths=(32,), rows=(1, 3))
     assert [row["rows"] for row in found] == [1] * 9 + [3] * 9
     assert {row["off from the CPU"] for row in found} == {0.0}
@@ -26,11 +26,11 @@ def test_every_way_runs_and_what_must_agree_does() -> None:
     assert all(isinstance(share, float) and share > 0 for share in shares[2:5])
 
 
-def test_answers_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = []
 
     class Off(Engine):
-        """The first of the two engines is off by a ten thousandth."""
+        """The first of the two engines is off by one part in ten thousand."""
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
@@ -45,10 +45,10 @@ def test_answers_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         gpu.measure("cpu", widths=(32,), rows=(1,))
 
 
-def test_without_a_gpu_it_ends_with_one_line(
+def test_without_a_gpu_it_prints_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The state of a machine without a driver, wherever this runs.
+    # As on a machine without a driver, wherever this runs.
     monkeypatch.setattr(providers, "DRIVER", "libcuda-that-is-not-there.so.1")
     monkeypatch.setattr("sys.argv", ["gpu"])
     gpu.main()

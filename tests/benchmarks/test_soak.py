@@ -1,4 +1,4 @@
-"""Twenty seconds of everything at once; and that what would be wrong is noticed."""
+"""Twenty seconds of the mixed load, and the detection of each fault."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ SECONDS, RELOAD_SECONDS = 20.0, 1.0
 ASKED = {"predict", "infer, binary", "uncertainty", "long", "dribbled", "broken", "hung up"}
 
 
-def test_20_seconds_of_everything_lose_nothing_and_get_nothing_wrong(built: Path) -> None:
+def test_20_seconds_of_the_mixed_load_lose_nothing_and_get_nothing_wrong(built: Path) -> None:
     kinds = [built / "models" / name / "1" for name in ("digits", "double")]
     examples = json.loads((kinds[0] / "examples.json").read_text())
     found, errors = soak.soak(kinds, [each["input"] for each in examples], SECONDS, RELOAD_SECONDS)
@@ -19,12 +19,12 @@ def test_20_seconds_of_everything_lose_nothing_and_get_nothing_wrong(built: Path
     assert found.statuses.keys() == ASKED
     assert all(found.statuses[kind][200] > 0 for kind in ASKED - {"broken", "hung up"})
     assert found.statuses["broken"].keys() == {400, 404, 413, 422}
-    # Before the load, and while it lasts.
+    # Two before the load, the others during it.
     assert found.reloads >= 12
 
 
 def quiet() -> soak.Findings:
-    """Return what came of a load in which nothing was wrong."""
+    """Return the outcome of a load without any fault."""
     found = soak.Findings()
     found.live.append(0.1)
     found.memory += [(second, 100.0) for second in range(20)]
@@ -35,12 +35,12 @@ def quiet() -> soak.Findings:
     ("given", "says"),
     [
         ({"version": 3, "mean": [[0.25, 0.75]]}, []),
-        ({"version": 3, "mean": [[0.2501, 0.7499]]}, ["wrong: version 3 answers otherwise"]),
-        ({"version": 9, "mean": [[0.25, 0.75]]}, ["wrong: answered by version 9"]),
+        ({"version": 3, "mean": [[0.2501, 0.7499]]}, ["wrong: not the numbers of version 3"]),
+        ({"version": 9, "mean": [[0.25, 0.75]]}, ["wrong: unknown version 9"]),
     ],
-    ids=["right", "wrong", "none"],
+    ids=["right", "wrong", "unknown"],
 )
-def test_an_answer_is_held_against_that_of_the_version_it_names(
+def test_a_response_is_compared_with_the_reference_of_the_version_it_names(
     given: soak.Json, says: list[str]
 ) -> None:
     found = quiet()
@@ -49,7 +49,7 @@ def test_an_answer_is_held_against_that_of_the_version_it_names(
     assert [each.replace("uncertainty: ", "") for each in soak.faults(found, [], SECONDS)] == says
 
 
-def test_what_is_lost_logged_late_or_grown_is_a_fault() -> None:
+def test_lost_requests_logged_errors_late_probes_and_growth_are_faults() -> None:
     found = quiet()
     assert soak.faults(found, ['{"level":"warning"}'], SECONDS) == []
     found.lost.append("ask: ReadError()")
