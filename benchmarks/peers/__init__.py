@@ -1,5 +1,6 @@
-"""What dropserve is compared with: other servers of the same ONNX file.
+"""The servers that dropserve is compared with, all serving the same ONNX file.
 
-Each is written as its own documentation advises and runs in a virtual environment of its own,
-build/peers/NAME, made from NAME.txt. ``ONNX`` names the file, ``PORT`` the port.
+Each follows the advice of its own documentation and runs in its own virtual environment,
+build/peers/NAME, installed from NAME.txt. The environment variable ``ONNX`` names the file and
+``PORT`` the port.
 """

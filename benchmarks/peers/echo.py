@@ -1,4 +1,4 @@
-"""The floor: a bare ASGI application that sends a body back, under the uvicorn that serves us."""
+"""The limit: a bare ASGI application that echoes the body, under the same uvicorn as dropserve."""
 
 import os
 from collections.abc import Awaitable, Callable, MutableMapping

@@ -1,4 +1,4 @@
-"""FastAPI as its tutorial writes it: a pydantic body, a plain function, one run a request."""
+"""FastAPI in the style of its tutorial: a pydantic body, a plain function, one run a request."""
 
 import os
 

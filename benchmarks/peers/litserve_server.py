@@ -1,4 +1,4 @@
-"""LitServe, batching switched on as its documentation advises for throughput."""
+"""LitServe, with batching on, as its documentation advises for throughput."""
 
 import os
 from typing import Any
