@@ -24,16 +24,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dropserve import expectation
+from dropserve.expectation import TINY
+
 Samples = NDArray[np.float32]
 Floats = NDArray[np.float64]
 # Computed as float64; float32 once ``join`` has put it together.
 Statistic = NDArray[np.float32] | NDArray[np.float64]
 
-# A standard error below what another order of additions changes says nothing.
-ROUNDING = 1e-5
 EPSILON = float(np.finfo(np.float32).eps)
-# Keeps 0 from being divided by, and from the logarithm. No float32 but 0 and subnormals is less.
-TINY = float(np.finfo(np.float32).tiny)
 # The quantiles of a mixture are searched until a step is less than so many standard deviations of
 # the noise: Newton's next would be of its square. Steps that halve what is left are fewer than 60
 # even where passes lie 2^50 of them apart.
@@ -323,15 +322,9 @@ def entropy(probabilities: Floats) -> Floats:
     return 0.0 - np.asarray(np.add.reduce(terms, -1))
 
 
-def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
-    """Return ``(mean of the passes - eval mode) / standard error of the mean``, ``[B, C]``.
-
-    About 1 in size where the passes scatter around eval mode; of a single pass not known: NaN.
-    The standard error is taken as at least 1e-5 of the output, where rounding begins.
-    """
-    floor = np.maximum(ROUNDING * np.abs(deterministic), TINY)
-    gap: Floats = (m.mean - deterministic) / np.maximum(m.standard_error, floor)
-    return gap
+def expectation_gap(m: Moments, deterministic: Samples) -> Statistic:
+    """Return the expectation gap ``[B, C]`` of the passes; NaN for a single pass."""
+    return expectation.expectation_gap(m.mean, m.standard_error, deterministic)
 
 
 def take(summary: Summary, rows: slice) -> Summary:
