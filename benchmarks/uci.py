@@ -260,7 +260,7 @@ def exported(trained: Trained, setting: Setting, parts: Split, seed: int, folder
     """Export a network, and load the bundle as the service does."""
     run = folder / "run"
     run.mkdir()
-    checkpoint.save(checkpoint.of(trained, network(parts, setting), parts, seed), run)
+    checkpoint.save(checkpoint.from_training(trained, network(parts, setting), parts, seed), run)
     with redirect_stdout(io.StringIO()):
         export(run, folder / "models", parts.test.name)
     return load_engines(folder / "models", "cpu")[parts.test.name][1]

@@ -1,4 +1,4 @@
-"""``python -m export``: checkpoint in, verified bundle out."""
+"""``python -m export``, the same as ``dropserve export``."""
 
 import sys
 

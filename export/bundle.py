@@ -1,12 +1,12 @@
-"""The bundle: a directory ``models/NAME/VERSION`` that holds an exported model, and its manifest.
+"""The bundle, a directory ``models/NAME/VERSION`` with an exported model: read, write, manifest.
 
-    manifest.json     what the files are, what the model takes and answers, how it was made
+    manifest.json     inputs, outputs, dropout sites, provenance and checksums
     predict.onnx      eval mode
     stochastic.onnx   train mode of the dropout sites, masks as inputs
-    examples.json     a few real inputs with their true answers
+    examples.json     a few real inputs with their true labels or values
 
-This is the contract between the half with torch and the half without: the service imports this
-module, so it imports neither torch nor onnx.
+Bundles are the contract between training and serving. The service imports this module, so it
+imports neither torch nor onnx.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ MANIFEST = "manifest.json"
 PREDICT = "predict.onnx"
 STOCHASTIC = "stochastic.onnx"
 EXAMPLES = "examples.json"
-# The input of stochastic.onnx that says which row each pass belongs to.
+# Input of stochastic.onnx: the row that each pass belongs to.
 ROWS = "rows"
 FILES = (PREDICT, STOCHASTIC, EXAMPLES)
 
 MAX_MANIFEST_BYTES = 16 * 2**20
-# protobuf, so ONNX, reads no more.
+# Limit of protobuf, and so of ONNX.
 MAX_FILE_BYTES = 2**31 - 1
 
 NAME_RULE = "letters, digits, '_', '-' and '.', at most 64, the first a letter or digit"
@@ -43,84 +43,88 @@ RESERVED_SUFFIX = ".mc"
 
 
 class BundleError(Exception):
-    """A bundle that cannot be written or read; the message says which and why."""
+    """A bundle cannot be written or read; the message says which and why."""
 
 
 class Record(BaseModel):
-    """A part of the manifest."""
+    """Base class of the manifest and its parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Input(Record):
-    """What a row of input is."""
+    """The input of one row."""
 
     name: str
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Without the batch axis.")
     dtype: Literal["float32"] = "float32"
     features: tuple[str, ...] = Field(description="Names in order; empty for images.")
     feature_ranges: tuple[tuple[float, float], ...] = Field(
-        description="Least and greatest value of each feature in the training part; "
-        "empty for images."
+        description="Minimum and maximum of each feature in the training split; empty for images."
     )
-    range: tuple[float, float] = Field(description="Least and greatest value of all features.")
+    range: tuple[float, float] = Field(description="Minimum and maximum over all features.")
 
 
 class Outputs(Record):
-    """What an answer is."""
+    """The output for one row."""
 
     name: str
     labels: tuple[str, ...] = Field(description="C class labels, or names of the targets.")
-    units: tuple[str, ...] | None = Field(description="Of the targets, where known.")
+    units: tuple[str, ...] | None = Field(description="Units of the targets, where known.")
 
 
 class DropoutSite(Record):
-    """A place where dropout acts."""
+    """A place in the network where dropout acts."""
 
     name: str
     p: float = Field(ge=0, lt=1)
     scaling: Literal["double", "classic", "inverted"]
-    mask_input: str = Field(description="The input of stochastic.onnx that takes the mask.")
-    mask_shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Of one pass.")
+    mask_input: str = Field(description="Name of the mask's input in stochastic.onnx.")
+    mask_shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Mask of one pass.")
     folded: bool = Field(
-        description="Whether weights of predict.onnx took the eval factor; if not, a Mul stays."
+        description="Whether the eval factor is folded into weights of predict.onnx; if not, a Mul "
+        "node applies it."
     )
 
 
 class Verification(Record):
-    """What was measured before the bundle was published.
+    """Measurements taken before the bundle was published.
 
-    Errors are the largest difference over the tested rows, relative to the largest value of the
-    same output; in a bundle of float16, to the largest distance from the mean of that output.
+    An error is the largest difference over the tested rows, relative to the largest value of the
+    same output; for float16, relative to the largest distance from the mean of that output.
     """
 
-    predict_error: float = Field(description="predict.onnx against eval mode.")
+    predict_error: float = Field(description="Error of predict.onnx, compared with eval mode.")
     predict_rows: int
-    stochastic_error: float = Field(description="stochastic.onnx against the same masks.")
+    stochastic_error: float = Field(
+        description="Error of stochastic.onnx, compared with train mode with the same masks."
+    )
     stochastic_passes: int
     expectation_gap: float = Field(
-        description="Mean of many passes against eval mode, in standard errors of that mean: "
-        "root mean square over rows and outputs. About 1 where there is no gap."
+        description="Mean of many passes minus eval mode, in standard errors of that mean: root "
+        "mean square over rows and outputs. About 1 where there is no gap."
     )
-    expectation_gap_largest: float = Field(description="The same, the largest of all.")
+    expectation_gap_largest: float = Field(
+        description="Largest size of the gap over rows and outputs."
+    )
     expectation_gap_passes: int
 
 
 class Provenance(Record):
-    """Where a bundle comes from."""
+    """The origin of a bundle."""
 
     data: str
     seed: int
     packages: dict[str, str]
     metrics: dict[str, dict[str, float]] = Field(
-        description="Of the held-out split: eval mode and mean of 100 passes."
+        description="Metrics on the held-out split, of eval mode and of 100 passes."
     )
     verification: Verification
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="What calibration divided the logits by, folded into both graphs; null where "
-        "nothing was calibrated.",
+        description="Calibration temperature that divides the logits, folded into both graphs; "
+        "null without calibration.",
     )
 
 
@@ -136,38 +140,43 @@ class Manifest(Record):
     preprocessing: str
     precision: Literal["float32", "float16"] = Field(
         default="float32",
-        description="What the graphs compute in; what float16 costs, verification has measured.",
+        description="Type in which the graphs compute; provenance.verification holds the error.",
     )
     values_per_row: int = Field(
-        ge=1, description="Numbers that predict.onnx computes for a row: bounds a run's memory."
+        ge=1,
+        description="Numbers that predict.onnx computes for each row, which bounds the memory of "
+        "a run.",
     )
-    values_per_pass: int = Field(ge=1, description="Numbers that stochastic.onnx computes a pass.")
+    values_per_pass: int = Field(
+        ge=1, description="Numbers that stochastic.onnx computes for each pass."
+    )
     sites: tuple[DropoutSite, ...]
     noise: Literal["constant", "input"] = Field(
         default="constant",
-        description="Regression only; input: it depends on the input. Then the graphs answer [., "
-        "2C], the values and behind them the logarithms of their noise's standard deviations.",
+        description="Noise of the targets of a regression: constant, or a function of the input. "
+        "With input, the graphs return [., 2C]: C values, then the logarithms of their noise's "
+        "standard deviations.",
     )
     noise_std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         description="Standard deviation of the targets around the passes, [C]: tau^(-1/2). Null "
-        "for classes, and where the noise depends on the input."
+        "for a classification, and where the noise depends on the input."
     )
     provenance: Provenance
     files: dict[str, str] = Field(description="SHA-256 of every other file.")
     conformal_scores: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] | None = Field(
         default=None,
-        description="How far the answers of held-out rows were off, ascending: a list for all "
-        "classes, or one for each target; see export/conformal.py.",
+        description="Nonconformity scores of held-out rows, ascending: one list for all classes, "
+        "or one for each target; see export/conformal.py.",
     )
 
     @property
     def width(self) -> int:
-        """Count the numbers that a graph answers for a row or pass."""
+        """Numbers that a graph returns for each row or pass: C, or 2C with ``noise`` ``input``."""
         return len(self.outputs.labels) * (2 if self.noise == "input" else 1)
 
     @model_validator(mode="after")
     def check_noise(self) -> Self:
-        """Refuse a regression without a noise for each target, and classes with one."""
+        """Refuse a regression that lacks the noise of a target, and a classification with noise."""
         if self.task == "classification" and self.noise != "constant":
             raise ValueError("noise must be 'constant' for a classification")
         own = self.task == "regression" and self.noise == "constant"
@@ -179,7 +188,7 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def check_conformal_scores(self) -> Self:
-        """Refuse scores that are not ascending, or not of each target."""
+        """Refuse scores that are not ascending, or do not cover each target."""
         lists = len(self.outputs.labels) if self.task == "regression" else 1
         if self.conformal_scores is not None and (
             len(self.conformal_scores) != lists
@@ -190,7 +199,7 @@ class Manifest(Record):
 
 
 def check_name(name: str) -> None:
-    """Raise BundleError unless ``name`` can name a model."""
+    """Raise BundleError unless ``name`` is a valid model name."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise BundleError(f"a model's name must be {NAME_RULE}, not {name!r}")
     if name.endswith(RESERVED_SUFFIX):
@@ -198,7 +207,7 @@ def check_name(name: str) -> None:
 
 
 def versions(model: Path) -> list[int]:
-    """Return the numbers of the versions in ``models/NAME``, ascending."""
+    """Return the version numbers in ``models/NAME``, ascending."""
     return sorted(
         int(entry.name)
         for entry in model.iterdir()
@@ -214,20 +223,20 @@ def publish(
 ) -> Path:
     """Write the next version of a model and return its directory.
 
-    The bundle is written beside its place and renamed into it, so a version is there whole or not
-    at all, and versions that are there stay as they are. What a killed export leaves is a
-    directory whose name begins with a dot, which nothing reads.
+    The bundle is written to a staging directory and renamed into place: a version exists whole or
+    not at all, and existing versions never change. A killed export leaves at most a staging
+    directory, whose name begins with a dot and which nothing reads.
 
     Parameters
     ----------
     models
-        The folder of all models; made if it is not there.
+        Folder of all models; created if missing.
     name
-        The model's name.
+        Name of the model.
     files
-        The content of each of ``FILES``.
+        Content of each of ``FILES``.
     manifest
-        Makes the manifest from the version and the files' SHA-256.
+        Builds the manifest from the version and the SHA-256 of each file.
 
     Raises
     ------
@@ -257,7 +266,7 @@ def publish(
             try:
                 staging.rename(place)
             except OSError:
-                # Somebody else may have published this version in the meantime.
+                # Another export may have published this version in the meantime.
                 if not place.exists():
                     raise
             else:
@@ -270,13 +279,13 @@ def publish(
             model.rmdir()
 
 
-def read(place: Path) -> Manifest:
-    """Read the manifest in ``models/NAME/VERSION`` and check it against its place.
+def read_manifest(place: Path) -> Manifest:
+    """Read the manifest in ``place``, a directory ``models/NAME/VERSION``.
 
     Raises
     ------
     BundleError
-        If it is missing, damaged, of a newer schema, or of another name or version.
+        If it is missing, damaged, of another schema, or of another name or version.
     """
     text = read_regular(place / MANIFEST, MAX_MANIFEST_BYTES)
     try:
@@ -304,12 +313,12 @@ def read(place: Path) -> Manifest:
 
 
 def read_file(place: Path, manifest: Manifest, file: str) -> bytes:
-    """Return the content of one of ``FILES``, which is what its SHA-256 says.
+    """Return the content of ``file``, one of ``FILES``.
 
     Raises
     ------
     BundleError
-        If it cannot be read or has changed.
+        If it cannot be read, or its SHA-256 is not the one in the manifest.
     """
     content = read_regular(place / file, MAX_FILE_BYTES)
     measured = hashlib.sha256(content).hexdigest()
@@ -327,11 +336,11 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises
     ------
     BundleError
-        If it is none, or cannot be read.
+        If the path is a link, no regular file, larger, or cannot be read.
     """
     try:
-        # Asked before it is opened: a link could lead out of the bundle, and to open a named pipe
-        # is to wait for whoever writes to it.
+        # Check before opening: a link could lead out of the bundle, and opening a named pipe blocks
+        # until something writes to it.
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
             raise BundleError(f"{path.name} is a link, not a file")

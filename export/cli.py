@@ -1,4 +1,4 @@
-"""``dropserve export``: checkpoint in, verified bundle out."""
+"""``dropserve export``: the command line that turns a checkpoint into a verified bundle."""
 
 import sys
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from dropserve.model import checkpoint
 
 
 def build_parser(prog: str) -> OneLineParser:
-    """Describe the command line."""
+    """Return the parser of ``export``."""
     parser = OneLineParser(prog, "Export a checkpoint as a verified bundle.")
     parser.add_argument("run", type=Path, help="directory of the checkpoint")
     parser.add_argument("--models", type=Path, required=True, help="folder of all bundles")
-    parser.add_argument("--name", help="the model's name; by default the directory's")
+    parser.add_argument("--name", help="name of the model; default: name of the directory")
     parser.add_argument(
         "--half",
         action="store_true",
-        help="compute in float16, for GPUs; the manifest says what that costs",
+        help="compute in float16, for GPUs; the manifest records the loss of precision",
     )
     return parser
 
 
 def command(arguments: Sequence[str], prog: str) -> int:
-    """Run the command line after ``export``; return the exit status."""
+    """Run ``export`` with the arguments after its name; return the exit status."""
     args = build_parser(prog).parse_args(arguments)
     name = args.run.resolve().name if args.name is None else args.name
     try:

@@ -1,13 +1,13 @@
-"""Score held-out rows, so that the service can say what holds the truth as often as it should.
+"""Compute the nonconformity scores of held-out rows, the calibration set of conformal prediction.
 
-A score says how far an answer of 100 independent passes was off:
+A score is the error of the mean of 100 independent passes on a row:
 
     classes   1 - mean probability of the true class
     values    |true - mean| / total_std, for each target
 
-``app/conformal.py`` says what is made of them, and why. The rows are those of the test part, since
-training, early stopping, noise and temperature have seen all others, and a model is surer of what
-it has seen.
+``app/uncertainty/conformal.py`` turns scores into prediction sets and intervals. They come from the
+test split, since training, early stopping, noise and temperature have used all other rows, and a
+model is overconfident on rows that it has been fitted to.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from dropserve.export.verify import ROW_PASSES_AT_ONCE, SEED, Graph, draw_masks
 from dropserve.model.datasets import Dataset
 
 PASSES = 100
-# More would tell no more, and make the manifest long: n rows bound the coverage within 1 / n.
+# n rows fix the coverage within 1 / n; more rows would lengthen the manifest and gain little.
 MOST_ROWS = 2000
 MOST_SCORES = 100_000
 
@@ -30,7 +30,7 @@ def scores(
     holdout: Dataset,
     noise_std: tuple[float, ...] | None,
 ) -> tuple[tuple[float, ...], ...]:
-    """Return the scores of held-out rows, ascending: a list for all classes, or one a target.
+    """Return the scores of held-out rows, ascending: one list for all classes, or one per target.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def scores(
     holdout
         Rows that nothing was fitted to, in random order.
     noise_std
-        Of each target; None for classes, and where the graph itself answers it.
+        Noise of each target, ``[C]``; None for a classification, or if the graph outputs the noise.
     """
     generator = np.random.default_rng(SEED)
     targets = len(holdout.outputs) if holdout.task == "regression" else 1
@@ -50,7 +50,7 @@ def scores(
         score(samples(graph, sites, holdout.x[some], generator), holdout.take(some), noise_std)
         for some in np.split(rows, range(0, len(rows), ROW_PASSES_AT_ONCE // PASSES)[1:])
     ]
-    # Six digits are more than there is to them.
+    # Six digits exceed the precision of the scores.
     return tuple(
         tuple(float(f"{value:.6g}") for value in np.sort(column))
         for column in np.concatenate(found).T
@@ -63,7 +63,7 @@ def samples(
     x: NDArray[np.float32],
     generator: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """Run passes of rows ``x [B, ...]``; return their outputs ``[B, T, .]``."""
+    """Run T = ``PASSES`` passes of rows ``x [B, ...]``; return ``[B, T, C]`` or ``[B, T, 2C]``."""
     rows = np.repeat(np.arange(len(x)), PASSES)
     outputs = graph.passes(x, rows, draw_masks(sites, len(rows), generator))
     return outputs.reshape(len(x), PASSES, -1).astype(np.float64)
@@ -72,7 +72,10 @@ def samples(
 def score(
     outputs: NDArray[np.float64], part: Dataset, noise_std: tuple[float, ...] | None
 ) -> NDArray[np.float64]:
-    """Return the scores ``[B, 1]`` or ``[B, C]`` of rows whose passes answered so."""
+    """Return the scores of rows, ``[B, 1]`` for classes or ``[B, C]`` for values.
+
+    ``outputs [B, T, .]`` are those of ``samples`` for the rows of ``part``.
+    """
     if part.task == "classification":
         mean = softmax(outputs, axis=-1).mean(axis=1)
         true: NDArray[np.float64] = mean[np.arange(len(part)), part.y.astype(np.int64)]

@@ -1,4 +1,4 @@
-"""The way from a checkpoint to a published bundle: trace, build, verify, publish."""
+"""The steps of an export: load a checkpoint, trace, build both graphs, verify, score, publish."""
 
 import json
 import sys
@@ -29,15 +29,34 @@ PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 
 
 def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
-    """Export the checkpoint in ``run`` as the next version of ``models/NAME``; return its place.
+    """Export the checkpoint in ``run`` as the next version of ``models/NAME``.
 
-    With ``half``, the graphs compute in float16.
+    Prints what verification measured, and a warning if the network uses scaling ``double``.
+
+    Parameters
+    ----------
+    run
+        Directory of the checkpoint.
+    models
+        Folder of all models.
+    name
+        Name of the model.
+    half
+        Whether the graphs compute in float16.
+
+    Returns
+    -------
+    Path
+        Directory of the new bundle.
 
     Raises
     ------
-    CheckpointError, ExportError, BundleError
-        If the checkpoint cannot be read, the network not exported or not proved right, or the
-        bundle not written. Nothing is published then.
+    CheckpointError
+        If the checkpoint cannot be read.
+    ExportError
+        If the network cannot be exported, or a graph fails verification.
+    BundleError
+        If the name is not allowed or the bundle cannot be written.
     """
     bundle.check_name(name)
     trained = checkpoint.load(run)
@@ -56,17 +75,17 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
         bundle.EXAMPLES: examples(trained),
     }
     with torch.no_grad():
-        answers = np.asarray(trained.model(torch.from_numpy(x)))
+        outputs = np.asarray(trained.model(torch.from_numpy(x)))
     measured = verify.verify(
         TorchReference(trained.model),
         sites,
         files[bundle.PREDICT],
         files[bundle.STOCHASTIC],
         x,
-        answers,
+        outputs,
         half=half,
     )
-    print(verify.describe(measured, sites))
+    print(verify.summary(measured, sites))
     graph = verify.Graph(bundle.STOCHASTIC, files[bundle.STOCHASTIC])
     scores = conformal.scores(graph, sites, trained.holdout, trained.noise_std)
 
@@ -116,19 +135,22 @@ def export(run: Path, models: Path, name: str, *, half: bool = False) -> Path:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that exporting adds to those of the checkpoint."""
-    # onnxruntime's package has one name for the CPU and another with CUDA.
+    """Return the package versions that the export adds to those of the checkpoint."""
+    # The distribution of onnxruntime has one name for the CPU and another with CUDA.
     return {name: version(name) for name in PACKAGES} | {"onnxruntime": onnxruntime.__version__}
 
 
 def serialize(model: ir.Model) -> bytes:
-    """Return a graph as the bytes of an ONNX file, the weights inside."""
+    """Return a graph as the bytes of an ONNX file, weights included."""
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
 
 
 def examples(trained: checkpoint.Checkpoint) -> bytes:
-    """Return a few held-out rows with their true answers, one of each class first."""
+    """Return a few held-out rows with their true labels or values, as JSON.
+
+    For a classification, one row of each class comes first.
+    """
     holdout = trained.holdout
     if holdout.task == "classification":
         _, firsts = np.unique(holdout.y, return_index=True)

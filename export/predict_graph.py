@@ -1,4 +1,7 @@
-"""Rewrite a traced graph into the eval-mode graph: no dropout, factors folded into weights."""
+"""Rewrite a traced graph into the eval-mode graph, and the graph helpers that all rewrites share.
+
+The eval-mode graph holds no dropout: each site's eval factor is folded into the weights behind it.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,7 +12,8 @@ from onnx_ir.passes import common as passes
 
 from dropserve.export.sites import DOMAIN, MARKER, Site, sites_of
 
-# What may lie between a positive factor and the weights that take it: f(s * x) = s * f(x).
+# Operators that commute with a positive factor, f(s * x) = s * f(x), and so may lie between a site
+# and the weights that its factor is folded into.
 COMMUTING = {
     "AveragePool",
     "Flatten",
@@ -22,7 +26,7 @@ COMMUTING = {
     "Reshape",
     "Transpose",
 }
-# For each linear operator: which input's weights scale the output as the given input does.
+# (linear operator, scaled input) -> input whose weights can be scaled instead.
 WEIGHT_OF_INPUT = {
     ("Gemm", 0): 1,
     ("Gemm", 1): 0,
@@ -33,51 +37,52 @@ WEIGHT_OF_INPUT = {
 
 
 def build(traced: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
-    """Return the eval-mode graph, and the sites whose factor stayed as a multiplication.
+    """Return the eval-mode graph, and the names of the sites whose factor remains as a Mul node.
 
-    Input ``x [B, ...]``, output ``[B, C]``: logits or values.
+    The graph maps ``x [B, ...]`` to logits or values ``[B, C]``.
     """
     model = traced.clone()
     sites = sites_of(model)
-    left = fold_factors(model.graph, sites, lambda site: site.eval_factor)
+    not_folded = fold_factors(model.graph, sites, lambda site: site.eval_factor)
     for site in sites:
         old = site.node.outputs[0]
         kept = site.node.inputs[0]
         assert kept is not None  # a marker has one input
-        if site.name in left:
+        if site.name in not_folded:
             kept = multiply(model.graph, site, kept, site.eval_factor)
         old.replace_all_uses_with(kept, replace_graph_outputs=True)
         model.graph.remove(site.node, safe=True)
-    finish(model)
-    return model, left
+    clean_up(model)
+    return model, not_folded
 
 
 def fold_factors(
     graph: ir.Graph, sites: tuple[Site, ...], factor_of: Callable[[Site], float]
 ) -> tuple[str, ...]:
-    """Fold each site's factor into the weights behind it; return the sites where none took it."""
-    left = []
+    """Fold each site's factor into the weights behind it; return the names of the others."""
+    not_folded = []
     for site in sites:
         factor = factor_of(site)
         if factor == 1.0:
             continue
         linears = linears_behind(site.node.outputs[0])
         if linears is None:
-            left.append(site.name)
+            not_folded.append(site.name)
             continue
         for node, weight in linears:
             scale_weight(graph, node, weight, factor)
-    return tuple(left)
+    return tuple(not_folded)
 
 
 def linears_behind(value: ir.Value) -> list[tuple[ir.Node, int]] | None:
-    """Find the weights that can take a positive factor of ``value`` in its place.
+    """Find the weights that can absorb a positive factor of ``value``.
 
-    Every use of the value must end in such a weight:
+    Returns linear operators, each with the place of its weights among its inputs. Every use of the
+    value must end in one:
 
-    1. a linear operator with constant weights takes the factor;
-    2. an operator that commutes with the factor, or another site, passes it on;
-    3. anything else, the graph's output included, can do neither: the answer is None.
+    1. A linear operator with constant weights absorbs the factor.
+    2. An operator that commutes with the factor, or another site, passes it on.
+    3. Anything else, including the graph's output, can do neither: the result is None.
     """
     if value.is_graph_output():
         return None  # case 3
@@ -114,7 +119,7 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def scale_weight(graph: ir.Graph, node: ir.Node, place: int, factor: float) -> None:
-    """Give ``node`` weights of its own, ``factor`` times the old ones."""
+    """Give ``node`` its own copy of the weights at input ``place``, times ``factor``."""
     old = node.inputs[place]
     assert old is not None
     assert old.const_value is not None
@@ -127,7 +132,7 @@ def scale_weight(graph: ir.Graph, node: ir.Node, place: int, factor: float) -> N
 
 
 def multiply(graph: ir.Graph, site: Site, value: ir.Value, factor: float) -> ir.Value:
-    """Return ``value`` times ``factor``, computed before the site."""
+    """Return ``value`` times ``factor``, by a Mul node before the site."""
     assert value.dtype is not None
     scalar = constant(graph, f"{site.name}.factor", np.array(factor, value.dtype.numpy()))
     node = ir.node("Mul", [value, scalar])
@@ -138,7 +143,7 @@ def multiply(graph: ir.Graph, site: Site, value: ir.Value, factor: float) -> ir.
 
 
 def constant(graph: ir.Graph, name: str, array: np.typing.NDArray[np.generic]) -> ir.Value:
-    """Add an initializer under ``name``, or a name like it that is free."""
+    """Add an initializer; underscores are appended to ``name`` until it is free."""
     while name in graph.initializers:
         name += "_"
     value = ir.val(name, const_value=ir.tensor(array, name=name))
@@ -147,7 +152,7 @@ def constant(graph: ir.Graph, name: str, array: np.typing.NDArray[np.generic]) -
 
 
 def values_per(model: ir.Model, axis: str) -> int:
-    """Count the numbers that a graph computes for one row of its first axis, by its name."""
+    """Count the numbers that a graph computes for one step along the first axis named ``axis``."""
     counts = [
         math.prod(d for d in value.shape[1:] if isinstance(d, int))
         for node in model.graph
@@ -157,8 +162,8 @@ def values_per(model: ir.Model, axis: str) -> int:
     return max(1, sum(counts))
 
 
-def finish(model: ir.Model) -> None:
-    """Remove what the rewriting left unused, and check the model."""
+def clean_up(model: ir.Model) -> None:
+    """Remove nodes and opsets that a rewrite left unused, and check the model."""
     model.producer_name, model.producer_version = "dropserve", None
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)

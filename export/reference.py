@@ -1,4 +1,4 @@
-"""What the exported graphs are held against: a network that is run with masks that come in."""
+"""References for verification: the original network, run with masks given as inputs."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,34 +22,33 @@ Masks = dict[str, NDArray[np.bool_]]  # by site: [N, *mask_shape]
 
 
 class VerificationError(ExportError):
-    """A graph that does not do what the network does; the message says which, where, how far."""
+    """A graph differs from the network; the message says which graph, where and by how much."""
 
 
 class Reference(Protocol):
-    """What the graphs are held against."""
+    """A network that the graphs are compared with."""
 
     def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
-        """Return eval mode's ``[B, C]``; optionally with one site's factor left out."""
+        """Run eval mode on ``x [B, ...]``, without the factor of one site if named: ``[B, C]``."""
 
     def train_mode(self, x: Floats, masks: Masks) -> Floats:
-        """Return the passes' ``[N, C]``, for ``x [N, ...]`` and the masks of N passes."""
+        """Run a pass of each row of ``x [N, ...]`` with the masks of N passes: ``[N, C]``."""
 
     def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
         """Raise VerificationError if two runs with the same masks differ."""
 
 
 class Replay(nn.Module):
-    """Stands in for a dropout layer and applies masks that were made elsewhere."""
+    """Replacement for a dropout layer that applies given masks."""
 
     def __init__(self, name: str, known: KnownDropout, reference: "TorchReference") -> None:
         super().__init__()
         self.name, self.known = name, known
-        # In a list, so that torch does not take the reference for a part of this module.
-        self.reference = [reference]
+        self.reference = reference
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the mask of this call, or the eval factor."""
-        reference, layer = self.reference[0], self.known.layer
+        """Apply the mask of this call, or in eval mode the factor."""
+        reference, layer = self.reference, self.known.layer
         site = call_name(self.name, reference.calls[self.name])
         reference.calls[self.name] += 1
         if reference.masks is None:
@@ -58,12 +57,13 @@ class Replay(nn.Module):
         if site not in reference.masks:
             raise VerificationError(f"dropout site {site} has no part in the network's output")
         mask = torch.from_numpy(reference.masks[site]) * layer.train_factor
-        # The layer may change what others read, which a graph cannot: that must show.
+        # An in-place layer may change a tensor that is read again, which no graph can do. Do the
+        # same here, so that verification shows the difference.
         return x.mul_(mask) if self.known.inplace else x * mask
 
 
 class TorchReference:
-    """A torch network."""
+    """A torch network as the reference."""
 
     def __init__(self, model: nn.Module) -> None:
         self.masks: Mapping[str, NDArray[np.bool_]] | None = None
@@ -73,7 +73,7 @@ class TorchReference:
 
     @torch.no_grad()
     def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
-        """Run eval mode."""
+        """Run eval mode; see ``Reference``."""
         self.model.eval()
         self.masks, self.without_factor = None, without_factor
         self.calls.clear()
@@ -81,10 +81,10 @@ class TorchReference:
 
     @torch.no_grad()
     def train_mode(self, x: Floats, masks: Masks) -> Floats:
-        """Run passes in train mode.
+        """Run passes; see ``Reference``.
 
-        Layers with running statistics stay in eval mode; all else is in train mode, so that
-        randomness that is no site shows.
+        Layers with running statistics stay in eval mode. All others are in train mode, so that
+        randomness outside the sites shows.
         """
         self.model.train()
         for module in self.model.modules():
@@ -95,7 +95,7 @@ class TorchReference:
         return np.asarray(self.model(torch.from_numpy(x)))
 
     def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
-        """Name the module by which two runs with the same masks differ."""
+        """Raise VerificationError with the first module whose two runs with equal masks differ."""
         runs: list[list[tuple[str, list[Tensor], list[Tensor]]]] = []
 
         def record(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -116,7 +116,7 @@ class TorchReference:
             for handle in handles:
                 handle.remove()
         first, second = runs
-        # Modules report when they are done, so inner ones come first.
+        # Hooks run when a module is done, so inner modules come first.
         for (name, inputs, outputs), (_, other_inputs, others) in zip(first, second, strict=True):
             if all(map(torch.equal, inputs, other_inputs)):
                 for output, other in zip(outputs, others, strict=True):
@@ -130,12 +130,12 @@ class TorchReference:
 
 
 def tensors(value: object) -> list[Tensor]:
-    """Return copies of the tensors in what a module takes or gives."""
+    """Return copies of all tensors in the inputs or outputs of a module."""
     return [leaf.clone() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class OnnxReference:
-    """An ONNX graph with markers, run node by node in numpy by onnx's reference evaluator."""
+    """An ONNX graph with markers as the reference, run in numpy by onnx's reference evaluator."""
 
     def __init__(self, source: ir.Model) -> None:
         self.masks: Mapping[str, NDArray[np.bool_]] | None = None
@@ -143,8 +143,8 @@ class OnnxReference:
         self.calls: Counter[str] = Counter()
         reference = self
 
-        class DropoutSite(OpRun):  # named as its operator, by which onnx finds it
-            """The marker."""
+        class DropoutSite(OpRun):  # onnx finds it by its name, which must be the operator's
+            """Implementation of the marker operator."""
 
             op_domain = DOMAIN
 
@@ -168,12 +168,12 @@ class OnnxReference:
         self.evaluator = ReferenceEvaluator(ir.to_proto(source), new_ops=[DropoutSite])
 
     def eval_mode(self, x: Floats, without_factor: str | None = None) -> Floats:
-        """Run eval mode."""
+        """Run eval mode; see ``Reference``."""
         self.masks, self.without_factor = None, without_factor
         return self.run(x)
 
     def train_mode(self, x: Floats, masks: Masks) -> Floats:
-        """Run passes in train mode."""
+        """Run passes; see ``Reference``."""
         self.masks = masks
         return self.run(x)
 
@@ -184,4 +184,4 @@ class OnnxReference:
         return np.asarray(output)
 
     def check_no_other_randomness(self, x: Floats, masks: Masks) -> None:
-        """Do nothing: a random operator of the graph is found by its name."""
+        """Do nothing: ``verify`` finds random operators of an ONNX graph by name."""

@@ -1,7 +1,7 @@
-"""Dropout sites in an ONNX graph, between the trace and the rewrites.
+"""Dropout sites in an ONNX graph: the marker nodes between the trace and the two rewrites.
 
-A *site* is one place where dropout acts. The trace leaves a marker node there, which the two
-rewrites replace: ``predict_graph`` by a factor, ``stochastic_graph`` by a mask.
+A *site* is one place where dropout acts. The trace leaves a marker node there, which
+``predict_graph`` replaces with a factor and ``stochastic_graph`` with a mask.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dropserve.model.dropout import SCALINGS, Scaling, factors, mask_shape
 
-# What torch.onnx.ops.symbolic takes as an attribute.
+# Types that torch.onnx.ops.symbolic accepts as attributes.
 Attribute = (
     int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
 )
@@ -22,7 +22,7 @@ MARKER = "DropoutSite"
 
 
 class ExportError(Exception):
-    """A network that cannot be exported; the message says which node and why."""
+    """A network cannot be exported; the message names the node or module and the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,20 @@ class Site:
     name: str
     p: float
     scaling: Scaling
-    mask_shape: tuple[int, ...]  # of one pass, without the axis of row-passes
-    train_factor: float  # of kept units in train mode
-    eval_factor: float  # of all units in eval mode
+    mask_shape: tuple[int, ...]  # of one pass
+    train_factor: float  # scales kept units in train mode
+    eval_factor: float  # scales all units in eval mode
     node: ir.Node
 
 
 def batch_dimension(model: ir.Model) -> str:
-    """Return the name of the batch axis: the first dimension of the graph's one input."""
+    """Return the name of the batch axis, the first axis of the graph's input.
+
+    Raises
+    ------
+    ExportError
+        If the graph has several inputs or outputs, or the axis has no name.
+    """
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1 or len(model.graph.outputs) != 1:
         raise ExportError(
@@ -60,7 +66,8 @@ def sites_of(model: ir.Model) -> tuple[Site, ...]:
     Raises
     ------
     ExportError
-        If the batch is not the first axis at a site, or another axis of it varies.
+        If a site lies inside a branch or loop, its first axis is not the batch, or another axis
+        varies.
     """
     batch = batch_dimension(model)
     calls: Counter[str] = Counter()
@@ -106,13 +113,13 @@ def sites_of(model: ir.Model) -> tuple[Site, ...]:
 
 
 def call_name(module: str, call: int) -> str:
-    """Name the site of a module's call; a module that is called again is a site of its own."""
+    """Return the site's name for one call of a module: each further call is a separate site."""
     return module if call == 0 else f"{module}:{call + 1}"
 
 
 def marker_attributes(
     name: str, p: float, scaling: Scaling, *, channels: bool, axes: int
 ) -> dict[str, Attribute]:
-    """Return the attributes of a marker, as ``sites_of`` reads them."""
+    """Return the attributes of a marker, in the form that ``sites_of`` reads."""
     place = SCALINGS.index(scaling)
     return {"name": name, "p": repr(p), "scaling": place, "channels": int(channels), "axes": axes}

@@ -1,8 +1,8 @@
-"""Trace a network into an ONNX graph in which a marker node stands at each dropout site.
+"""Trace a network into an ONNX graph with a marker node at each dropout site.
 
-Known dropout layers are ``CustomDropout`` and torch's own ``nn.Dropout``, ``nn.Dropout1d``,
-``nn.Dropout2d`` and ``nn.Dropout3d``. Randomness that is no layer (a functional dropout, say)
-leaves no trace here; ``export.verify`` finds it.
+Supported dropout layers are ``CustomDropout`` and torch's own ``nn.Dropout``, ``nn.Dropout1d``,
+``nn.Dropout2d`` and ``nn.Dropout3d``. Randomness outside these layers, such as a functional
+dropout, leaves no trace here; ``export.verify`` finds it.
 """
 
 import copy
@@ -27,29 +27,29 @@ INPUT = "x"
 OUTPUT = "output"
 BATCH = "batch"
 
-# Each takes inputs of so many axes as dropout of whole channels; of fewer, torch takes the batch
-# axis for the channels'. 0: any number.
+# Number of input axes that each layer needs to drop whole channels: with fewer, torch takes the
+# batch axis for the channel axis. 0: any number.
 TORCH_DROPOUTS: dict[type[nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d], int] = {
     nn.Dropout: 0,
     nn.Dropout1d: 3,
     nn.Dropout2d: 4,
     nn.Dropout3d: 5,
 }
-# These do not multiply by a mask, so neither rewrite could stand for them.
+# These layers do not multiply by a mask, so neither rewrite can represent them.
 REFUSED_DROPOUTS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
 class KnownDropout:
-    """A dropout layer, whoever wrote it."""
+    """A supported dropout layer, described by an equivalent ``CustomDropout``."""
 
-    layer: CustomDropout  # acts alike
-    axes: int  # of its input; 0: any number
+    layer: CustomDropout
+    axes: int  # number of input axes; 0: any
     inplace: bool
 
 
 class Marker(nn.Module):
-    """Stands in for a dropout layer and leaves a marker node in the graph."""
+    """Replacement for a dropout layer that leaves a marker node in the graph."""
 
     def __init__(self, name: str, known: KnownDropout) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def swap_dropouts(
     Raises
     ------
     ExportError
-        If a layer is a dropout that no mask can stand for.
+        If a dropout layer is of an unsupported kind.
     """
     model = copy.deepcopy(model)
     substitutes = {
@@ -97,9 +97,14 @@ def swap_dropouts(
 
 
 def known_dropout(name: str, layer: nn.Module) -> KnownDropout | None:
-    """Tell how a dropout layer acts, or None if it is no dropout.
+    """Return the description of a dropout layer, or None for any other layer.
 
-    A subclass may act otherwise than its base, so only the very classes are known.
+    A subclass may override how its base acts, so subclasses are refused.
+
+    Raises
+    ------
+    ExportError
+        If the layer is a dropout of an unsupported kind.
     """
     if type(layer) is CustomDropout:
         return KnownDropout(layer, axes=0, inplace=False)
@@ -126,15 +131,15 @@ def trace(model: nn.Module, rows: Tensor) -> ir.Model:
     model
         Maps ``[B, ...]`` to ``[B, C]``.
     rows
-        At least two rows of input, ``[B, ...]``: torch takes an axis of length 1 as fixed.
+        At least two rows of input, ``[B, ...]``: torch treats an axis of length 1 as fixed.
 
     Raises
     ------
     ExportError
-        If a dropout layer is of an unknown kind, or torch cannot trace the network.
+        If a dropout layer is of an unsupported kind, or torch cannot trace the network.
     """
     marked = swap_dropouts(model, Marker).eval()
-    # The exporter logs the absence of torchvision and warns about its own deprecations.
+    # The exporter logs that torchvision is missing, and warns about its own deprecations.
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -150,7 +155,7 @@ def trace(model: nn.Module, rows: Tensor) -> ir.Model:
                 output_names=[OUTPUT],
                 verbose=False,
             )
-    # torch's exporter wraps whatever went wrong in exceptions of several kinds.
+    # torch's exporter wraps failures in exceptions without a common base.
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -162,28 +167,28 @@ def trace(model: nn.Module, rows: Tensor) -> ir.Model:
     if program is None:
         raise ExportError("torch.onnx.export returned no program")
     traced: ir.Model = program.model
-    # It holds torch's stack traces, with the paths of this machine.
+    # The metadata holds torch's stack traces, with paths of this machine.
     passes.ClearMetadataAndDocStringPass()(traced)
     return traced
 
 
 def from_onnx(path: Path) -> ir.Model:
-    """Read an ONNX file and put a marker in place of each Dropout node.
+    """Read an ONNX file and replace each Dropout node with a marker.
 
-    ONNX Dropout scales while training, so its sites are ``inverted``.
+    ONNX Dropout scales in training mode, so its sites are ``inverted``.
 
     Raises
     ------
     ExportError
-        If the file is no ONNX graph with a named batch axis, or a Dropout's ratio is no constant
-        in [0, 1), or its mask is used.
+        If the file is no ONNX graph with one input, one output and a named batch axis; or if a
+        Dropout lies in a branch or loop, its mask is used, or its ratio is no constant in [0, 1).
     """
     try:
         proto = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True)
         model = ir.from_proto(proto)
     except (OSError, DecodeError, ValueError) as error:
         raise ExportError(f"{path}: not a readable ONNX file: {error}") from error
-    # Old exporters list weights among the graph's inputs.
+    # Older exporters list weights among the graph's inputs.
     passes.RemoveInitializersFromInputsPass()(model)
     batch_dimension(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -197,7 +202,7 @@ def from_onnx(path: Path) -> ir.Model:
 
 
 def mark_dropout(graph: ir.Graph, node: ir.Node) -> None:
-    """Replace one ONNX Dropout node by a marker."""
+    """Replace one ONNX Dropout node with a marker."""
     name = node.name or node.outputs[0].name or "dropout"
     if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         raise ExportError(f"{name}: the mask of an ONNX Dropout is used, which no site can offer")
@@ -210,7 +215,7 @@ def mark_dropout(graph: ir.Graph, node: ir.Node) -> None:
         raise ExportError(f"{name}: the ratio of an ONNX Dropout must be a constant")
     else:
         value = ratio.const_value.numpy().reshape(-1)[0]
-    # Through text, so that a float32 ratio of 0.3 is read as 0.3.
+    # By way of text, so that a float32 ratio of 0.3 becomes 0.3.
     p = float(str(value))
     if not 0.0 <= p < 1.0:
         raise ExportError(f"{name}: p must be a number in [0, 1), not {p}")

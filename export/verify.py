@@ -1,19 +1,19 @@
-"""Hold the two exported graphs against the network, value by value, on real rows.
+"""Compare the two exported graphs with the network, value by value, on real rows.
 
-Checked, in this order; the first that fails is a ``VerificationError``:
+The checks run in this order; the first failure raises ``VerificationError``:
 
-1. the reference answers what the network itself answers in eval mode, and each row as it does
-   alone: a network that mixes the rows of a batch would answer requests by what runs beside them;
-2. two train-mode runs with the same masks agree: else there is randomness that is no site, and no
-   exported graph could repeat it;
-3. neither graph holds a dropout or random operator;
-4. ``predict.onnx`` equals eval mode on every row;
-5. ``stochastic.onnx`` equals train mode with the same masks, every pass, for 1 row and for many;
-   and a pass alone equals the same pass beside others;
-6. two seeds disagree, where a site drops anything.
+1. The reference equals the network in eval mode, and a row alone gives the output that it gives in
+   a batch. A network that mixes the rows of a batch would let concurrent requests change each
+   other's responses.
+2. Two train-mode runs with the same masks agree. If not, the network has randomness outside its
+   dropout sites, which no exported graph could reproduce.
+3. Neither graph holds a dropout or random operator.
+4. ``predict.onnx`` equals eval mode on every row.
+5. ``stochastic.onnx`` equals train mode with the same masks in every pass, for 1 row and for many;
+   and a pass alone equals the same pass in a batch.
+6. Two seeds disagree, if any site drops units.
 
-Measured and not judged: the expectation gap, the distance of the mean of many passes from eval
-mode. With ``classic`` and ``inverted`` it is zero where the network behind the sites is linear.
+The expectation gap (``dropserve.expectation``) is measured and reported, but fails nothing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +24,16 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from dropserve.expectation import TINY, expectation_gap
 from dropserve.export.bundle import PREDICT, ROWS, STOCHASTIC, Verification
 from dropserve.export.reference import Floats, Masks, Reference, VerificationError
 from dropserve.export.sites import Site
 from dropserve.export.stochastic_graph import mask_input
 
-# Of the largest value of each output: each target counts in its own unit.
+# Relative to the largest value of each output, so that each target counts in its own unit.
 TOLERANCE = 1e-5
-# For graphs in half precision, whose numbers have 11 bits; a network adds up their rounding. Of the
-# largest distance from an output's mean: what a target adds to all answers alike is no measure.
+# For half precision, whose 11-bit rounding errors accumulate through a network. Relative to the
+# largest distance from an output's mean: an offset common to all rows must not hide an error.
 HALF_TOLERANCE = 1e-2
 RANDOM_OPERATORS = {
     "Bernoulli",
@@ -52,17 +53,13 @@ GAP_ROWS = 64
 GAP_PASSES = 1000
 # Bounds the memory of one run.
 ROW_PASSES_AT_ONCE = 4096
-# A standard error below what another order of additions changes says nothing.
-ROUNDING = 1e-5
-# Keeps what is 0 throughout from dividing by 0.
-TINY = float(np.finfo(np.float32).tiny)
 
 
 class Graph:
-    """An exported graph in a session of its own, and how far off it may be."""
+    """An exported graph in its own onnxruntime session, with the tolerance for its errors."""
 
     tolerance = TOLERANCE
-    # What its outputs are measured from.
+    # Errors are relative to the largest distance of an output from this point.
     centre: Floats | float = 0.0
 
     def __init__(self, name: str, content: bytes) -> None:
@@ -74,10 +71,9 @@ class Graph:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
-        # onnxruntime's own exceptions share no other base.
+        # onnxruntime's exceptions share no narrower base class.
         except Exception as error:
             raise VerificationError(f"{name} does not load: {first_line(error)}") from error
-        # Both graphs take the rows first.
         self.input: str = self.session.get_inputs()[0].name
 
     def run(self, feed: Mapping[str, NDArray[np.generic]]) -> Floats:
@@ -88,20 +84,23 @@ class Graph:
             raise VerificationError(f"{self.name} does not run: {first_line(error)}") from error
         return np.asarray(output, dtype=np.float32)
 
-    def off(self, measured: Floats, expected: Floats, scale: Floats) -> float:
-        """Return how far measured outputs are off, as ``difference`` does."""
+    def error(self, measured: Floats, expected: Floats, scale: Floats) -> float:
+        """Return the relative ``difference`` of ``[N, C]``, counted from the graph's centre."""
         return difference(measured, expected, scale, self.centre)
 
     def passes(self, x: Floats, rows: NDArray[np.int64], masks: Masks) -> Floats:
-        """Return the passes' ``[N, C]`` of the train-mode graph."""
+        """Run the train-mode graph on rows ``x [B, ...]``; return ``[N, C]``.
+
+        Pass n runs on row ``rows[n]`` with the masks ``[n]`` of each site.
+        """
         inputs = {mask_input(site): mask for site, mask in masks.items()}
         return self.run({self.input: x, ROWS: rows, **inputs})
 
 
 class HalfGraph(Graph):
-    """A graph in half precision, run node by node in numpy, which rounds what each node computes.
+    """A graph in half precision, run node by node in numpy, which rounds after every node.
 
-    onnxruntime's CPU provider computes float16 as float32, and would hide what a GPU rounds.
+    onnxruntime's CPU provider computes float16 as float32 and would hide a GPU's rounding.
     """
 
     tolerance = HALF_TOLERANCE
@@ -113,14 +112,14 @@ class HalfGraph(Graph):
 
     def run(self, feed: Mapping[str, NDArray[np.generic]]) -> Floats:
         """Return the graph's one output."""
-        # What float16 does not reach becomes infinity, which is as far off as can be.
+        # Overflow becomes infinity, which ``difference`` reports as an infinite error.
         with np.errstate(over="ignore", invalid="ignore"):
             (output,) = self.evaluator.run(None, dict(feed))
         return np.asarray(output, dtype=np.float32)
 
 
 def first_line(error: Exception) -> str:
-    """Return what an exception of onnxruntime says, without its continuation."""
+    """Return the first line of an onnxruntime exception."""
     return str(error).strip().splitlines()[0]
 
 
@@ -130,40 +129,45 @@ def verify(
     predict: bytes,
     stochastic: bytes,
     x: Floats,
-    answers: Floats,
+    outputs: Floats,
     *,
     half: bool = False,
 ) -> Verification:
-    """Check two graphs on real rows.
+    """Run all checks of this module on two graphs.
 
     Parameters
     ----------
     reference
-        The network, run with masks that come in.
+        The network with its masks as inputs.
     sites
         Its dropout sites.
     predict, stochastic
-        The graphs, as the bytes of ONNX files.
+        The graphs as bytes of ONNX files.
     x
         Rows ``[B, ...]``.
-    answers
-        What the network itself answers to them in eval mode, ``[B, C]``.
+    outputs
+        The network's own outputs for them in eval mode, ``[B, C]``.
     half
         Whether the graphs are in half precision.
+
+    Returns
+    -------
+    Verification
+        The measured errors and the expectation gap.
 
     Raises
     ------
     VerificationError
         If a check fails.
     """
-    check_reference(reference, x, answers)
+    check_reference(reference, x, outputs)
     some = x[:MANY_ROWS]
     masks = draw_masks(sites, len(some), np.random.default_rng(SEED))
     reference.check_no_other_randomness(some, masks)
     for name, content in ((PREDICT, predict), (STOCHASTIC, stochastic)):
         check_operators(name, content)
-    centre = answers.mean(axis=0) if half else np.zeros_like(answers[0])
-    scale = np.abs(answers - centre).max(axis=0)
+    centre = outputs.mean(axis=0) if half else np.zeros_like(outputs[0])
+    scale = np.abs(outputs - centre).max(axis=0)
 
     def load(name: str, content: bytes) -> Graph:
         return HalfGraph(name, content, centre) if half else Graph(name, content)
@@ -176,9 +180,9 @@ def verify(
     )
     check_passes_alone(sites, graph, x[:ROWS_ALONE], scale)
     check_seeds_disagree(sites, graph, x[:1])
-    # Tens of thousands of passes, for which numpy would take minutes.
+    # The gap takes tens of thousands of passes, for which ``HalfGraph`` would need minutes.
     fast = Graph(STOCHASTIC, stochastic) if half else graph
-    gap = expectation_gap(reference, sites, fast, x[:GAP_ROWS])
+    gap = measure_gap(reference, sites, fast, x[:GAP_ROWS])
     return Verification(
         predict_error=predict_error,
         predict_rows=len(x),
@@ -191,7 +195,7 @@ def verify(
 
 
 def draw_masks(sites: tuple[Site, ...], passes: int, generator: np.random.Generator) -> Masks:
-    """Draw masks for N row-passes."""
+    """Draw independent masks for N = ``passes`` passes, ``[N, *mask_shape]`` for each site."""
     return {
         site.name: generator.random((passes, *site.mask_shape), dtype=np.float32) >= site.p
         for site in sites
@@ -203,30 +207,29 @@ def difference(
 ) -> float:
     """Return the largest difference of ``[N, C]``, relative to the largest value of each output.
 
-    Values count from ``centre``. ``scale [C]`` are the outputs' largest values elsewhere, for where
-    ``expected`` is small.
+    Values count from ``centre``. ``scale [C]`` is a lower bound of these largest values, in case
+    ``expected`` holds only small ones. NaN and wrong shapes give infinity.
     """
     if measured.shape != expected.shape:
         return float("inf")
     largest = np.maximum(scale, np.abs(expected - centre).max(axis=0))
     distance = np.abs(measured.astype(np.float64) - expected) / np.maximum(largest, TINY)
-    # A NaN on either side is as far off as can be.
     return float(np.nan_to_num(distance, nan=np.inf).max())
 
 
-def check_reference(reference: Reference, x: Floats, answers: Floats) -> None:
-    """Raise unless the reference is true to the network, and answers each row as it does alone."""
-    if answers.ndim != 2:
-        raise VerificationError(f"the network must answer [B, C], not {list(answers.shape)}")
-    scale = np.abs(answers).max(axis=0)
-    error = difference(reference.eval_mode(x), answers, scale)
+def check_reference(reference: Reference, x: Floats, outputs: Floats) -> None:
+    """Raise if the reference differs from the network, or a row alone from a row in a batch."""
+    if outputs.ndim != 2:
+        raise VerificationError(f"the network must return [B, C], not {list(outputs.shape)}")
+    scale = np.abs(outputs).max(axis=0)
+    error = difference(reference.eval_mode(x), outputs, scale)
     if error > TOLERANCE:
         raise VerificationError(
             f"with its dropout layers replaced, the network is off from itself by {error:.3g}: "
-            "a layer acts otherwise than dropout"
+            "a dropout layer does not act as dropout"
         )
     alone = np.concatenate([reference.eval_mode(row[None]) for row in x[:ROWS_ALONE]])
-    error = difference(alone, answers[:ROWS_ALONE], scale)
+    error = difference(alone, outputs[:ROWS_ALONE], scale)
     if error > TOLERANCE:
         raise VerificationError(
             f"the network mixes the rows of a batch: a row alone is off by {error:.3g}"
@@ -234,7 +237,7 @@ def check_reference(reference: Reference, x: Floats, answers: Floats) -> None:
 
 
 def check_passes_alone(sites: tuple[Site, ...], graph: Graph, x: Floats, scale: Floats) -> None:
-    """Raise if a pass depends on which others run beside it."""
+    """Raise if a pass depends on the other passes of its batch."""
     masks = draw_masks(sites, len(x), np.random.default_rng(SEED))
     together = graph.passes(x, np.arange(len(x)), masks)
     alone = np.concatenate(
@@ -247,7 +250,7 @@ def check_passes_alone(sites: tuple[Site, ...], graph: Graph, x: Floats, scale: 
             for n in range(len(x))
         ]
     )
-    error = graph.off(alone, together, scale)
+    error = graph.error(alone, together, scale)
     if error > graph.tolerance:
         raise VerificationError(
             f"the network mixes the rows of a batch: a pass alone is off by {error:.3g}"
@@ -255,7 +258,7 @@ def check_passes_alone(sites: tuple[Site, ...], graph: Graph, x: Floats, scale: 
 
 
 def check_operators(name: str, content: bytes) -> None:
-    """Raise if a graph holds a dropout or random operator, wherever it may be."""
+    """Raise if a graph, or a subgraph or function of it, holds a dropout or random operator."""
     model = onnx.load_from_string(content)
     for node in nodes_of([*model.graph.node, *(n for f in model.functions for n in f.node)]):
         if node.op_type in RANDOM_OPERATORS:
@@ -263,7 +266,7 @@ def check_operators(name: str, content: bytes) -> None:
 
 
 def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """List nodes, and those of their branches and loops."""
+    """List nodes and the nodes of their branches and loops."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
@@ -274,15 +277,15 @@ def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 def check_predict(
     reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats, scale: Floats
 ) -> float:
-    """Return how far the eval-mode graph is from torch; raise if too far."""
+    """Return the relative error of the eval-mode graph; raise if it is too large."""
     measured = graph.run({graph.input: x})
-    error = graph.off(measured, reference.eval_mode(x), scale)
+    error = graph.error(measured, reference.eval_mode(x), scale)
     if error > graph.tolerance:
         suspects = [
             site.name
             for site in sites
             if site.eval_factor != 1.0
-            and graph.off(measured, reference.eval_mode(x, site.name), scale) <= graph.tolerance
+            and graph.error(measured, reference.eval_mode(x, site.name), scale) <= graph.tolerance
         ]
         at = f"; the factor of site {suspects[0]} is left out" if suspects else ""
         raise VerificationError(
@@ -299,24 +302,24 @@ def check_stochastic(
     passes: int,
     scale: Floats,
 ) -> float:
-    """Return how far ``passes`` of each row are from torch with the same masks; raise if too far.
+    """Return the relative error of the train-mode graph; raise if it is too large.
 
-    The passes come in random order, as those of several requests would.
+    Runs ``passes`` passes of each row, in random order as in a batch of several requests.
     """
     generator = np.random.default_rng(SEED)
     rows = generator.permutation(np.repeat(np.arange(len(x)), passes))
     masks = draw_masks(sites, len(rows), generator)
-    error = graph.off(graph.passes(x, rows, masks), reference.train_mode(x[rows], masks), scale)
+    error = graph.error(graph.passes(x, rows, masks), reference.train_mode(x[rows], masks), scale)
     if error > graph.tolerance:
         raise VerificationError(
             f"{STOCHASTIC} is off from train mode with the same masks by {error:.3g} "
             f"(allowed: {graph.tolerance:g}), {len(x)} rows, {passes} passes each"
-            + blame(reference, sites, graph, x, rows, masks, scale)
+            + locate_error(reference, sites, graph, x, rows, masks, scale)
         )
     return error
 
 
-def blame(
+def locate_error(
     reference: Reference,
     sites: tuple[Site, ...],
     graph: Graph,
@@ -325,10 +328,10 @@ def blame(
     masks: Masks,
     scale: Floats,
 ) -> str:
-    """Say at which site the graph goes astray: where one site's mask alone makes a difference."""
+    """Name the first site whose mask alone, with all other units kept, causes an error."""
 
     def error_with(some: Masks) -> float:
-        return graph.off(graph.passes(x, rows, some), reference.train_mode(x[rows], some), scale)
+        return graph.error(graph.passes(x, rows, some), reference.train_mode(x[rows], some), scale)
 
     keep_all = {site: np.ones_like(mask) for site, mask in masks.items()}
     if error_with(keep_all) > graph.tolerance:
@@ -341,7 +344,7 @@ def blame(
 
 
 def check_seeds_disagree(sites: tuple[Site, ...], graph: Graph, x: Floats) -> None:
-    """Raise if two seeds give the same passes though a site drops units."""
+    """Raise if two seeds give the same passes although a site drops units."""
     if all(site.p == 0.0 for site in sites):
         return
     rows = np.zeros(PASSES_OF_ONE_ROW, dtype=np.int64)
@@ -353,10 +356,10 @@ def check_seeds_disagree(sites: tuple[Site, ...], graph: Graph, x: Floats) -> No
         raise VerificationError(f"{STOCHASTIC}: two seeds give the same {len(rows)} passes")
 
 
-def expectation_gap(
+def measure_gap(
     reference: Reference, sites: tuple[Site, ...], graph: Graph, x: Floats
-) -> NDArray[np.float64]:
-    """Return ``(mean of passes - eval mode) / standard error``, ``[B, C]``."""
+) -> NDArray[np.floating]:
+    """Return the expectation gap ``[B, C]`` of ``GAP_PASSES`` passes of rows ``x [B, ...]``."""
     generator = np.random.default_rng(SEED)
     at_once = max(1, ROW_PASSES_AT_ONCE // len(x))
     samples = []
@@ -366,15 +369,13 @@ def expectation_gap(
         outputs = graph.passes(x, rows, draw_masks(sites, len(rows), generator))
         samples.append(outputs.reshape(passes, len(x), -1))
     values = np.concatenate(samples).astype(np.float64)  # [T, B, C]
-    expected = reference.eval_mode(x).astype(np.float64)
     standard_error = values.std(axis=0, ddof=1) / np.sqrt(GAP_PASSES)
-    floor = np.maximum(ROUNDING * np.abs(expected), TINY)
-    gap: NDArray[np.float64] = (values.mean(axis=0) - expected) / np.maximum(standard_error, floor)
-    return gap
+    expected = reference.eval_mode(x).astype(np.float64)
+    return expectation_gap(values.mean(axis=0), standard_error, expected)
 
 
-def describe(verification: Verification, sites: tuple[Site, ...]) -> str:
-    """Say what was measured, and what an expectation gap means."""
+def summary(verification: Verification, sites: tuple[Site, ...]) -> str:
+    """Return the lines that the export prints about a verification."""
     v = verification
     return "\n".join(
         (
@@ -384,22 +385,22 @@ def describe(verification: Verification, sites: tuple[Site, ...]) -> str:
             f"{v.stochastic_error:.1e}, {v.stochastic_passes} passes",
             f"expectation gap  {v.expectation_gap:.1f} standard errors of the mean of "
             f"{v.expectation_gap_passes} passes (largest {v.expectation_gap_largest:.1f}): "
-            + meaning(v.expectation_gap, sites),
+            + gap_explanation(v.expectation_gap, sites),
         )
     )
 
 
-def meaning(gap: float, sites: tuple[Site, ...]) -> str:
-    """Say what an expectation gap (root mean square, in standard errors) means."""
-    # Chance alone gives 1 over the hundreds of outputs tested, and stays well below this.
+def gap_explanation(gap: float, sites: tuple[Site, ...]) -> str:
+    """Explain an expectation gap (root mean square over the outputs, in standard errors)."""
+    # Chance alone gives about 1 over the hundreds of outputs tested, and stays well below 1.5.
     if gap < 1.5:
-        return "the passes scatter around what eval mode answers"
+        return "the passes scatter around the output of eval mode"
     if any(site.scaling == "double" and site.p > 0.0 for site in sites):
         return (
-            "eval mode is scaled down once more at each site and answers something else than "
-            "the passes; trust the mean of the passes, or train with 'classic' or 'inverted'"
+            "eval mode is scaled down once more at each site and does not match the passes; "
+            "trust the mean of the passes, or train with 'classic' or 'inverted'"
         )
     return (
         "the network behind the sites is not linear, so the mean of the passes is not quite "
-        "what eval mode answers"
+        "the output of eval mode"
     )

@@ -1,1 +1,1 @@
-"""Train a network with dropout: data set in, checkpoint out."""
+"""Train a network with dropout on a data set, evaluate it, and save it as a checkpoint."""

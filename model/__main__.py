@@ -1,4 +1,4 @@
-"""``python -m model train`` and ``python -m model evaluate``."""
+"""``python -m model COMMAND``, the same as ``dropserve train`` and ``dropserve evaluate``."""
 
 import sys
 
@@ -9,7 +9,7 @@ def main() -> int:
     """Run the command line; return the exit status."""
     return run(
         "python -m model",
-        "Train a network with dropout, and judge it.",
+        "Train a network with dropout, or evaluate it.",
         ("train", "evaluate"),
         sys.argv[1:],
     )

@@ -1,8 +1,8 @@
-"""How far figures of some rows can be trusted: the bootstrap over rows.
+"""Confidence intervals of metrics, by the bootstrap over rows.
 
-A statistic is a function of weights ``[R, B]``, how often each of B rows was drawn in each of R
-resamples, and returns its value in each resample, ``[R]``. Of weights that are all 1 it is the
-figure itself. So a thousand resamples of a mean are one matrix product.
+A statistic is a function of weights ``[R, B]``, the number of times that each of B rows was drawn
+in each of R resamples, and returns its value in each resample, ``[R]``. With weights of 1 it
+returns the metric itself. So a thousand resamples of a mean are one matrix product.
 
 References
 ----------
@@ -24,13 +24,13 @@ Key = TypeVar("Key")
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
-# Weights that are held at once, so that many rows do not need much memory.
+# Bounds the memory of the weights.
 WEIGHTS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the interval that a share ``LEVEL`` of its resamples lies in."""
+    """A metric and the interval that holds a share ``LEVEL`` of its resamples."""
 
     value: float
     lower: float
@@ -42,17 +42,17 @@ def mean_of(scores: Floats) -> Statistic:
     return lambda weights: weights @ scores / weights.sum(axis=1)
 
 
-def value(statistic: Statistic, rows: int) -> float:
-    """Return a statistic of ``rows`` rows, each taken once."""
+def point_estimate(statistic: Statistic, rows: int) -> float:
+    """Return a statistic of ``rows`` rows, each counted once."""
     return float(statistic(np.ones((1, rows))).item())
 
 
 def estimate(statistics: Mapping[Key, Statistic], rows: int) -> dict[Key, Estimate]:
     """Return each statistic with its percentile interval.
 
-    All of them see the same resamples, always the same for a number of rows: the difference of two
-    statistics of the same rows, as a statistic of its own, is a paired comparison. The ECE is
-    biased upwards by resampling, as it is by few rows: its interval may lie above it.
+    All statistics share the same resamples, which depend on the number of rows alone. A difference
+    of two statistics, passed as a statistic of its own, is therefore a paired comparison. The ECE
+    is biased upwards by resampling, as it is by few rows, so its interval may lie above it.
     """
     resampled: dict[Key, list[Floats]] = {key: [] for key in statistics}
     for weights in resamples(rows):
@@ -62,7 +62,7 @@ def estimate(statistics: Mapping[Key, Statistic], rows: int) -> dict[Key, Estima
     found = {}
     for key, statistic in statistics.items():
         lower, upper = np.quantile(np.concatenate(resampled[key]), tails).tolist()
-        found[key] = Estimate(value(statistic, rows), lower, upper)
+        found[key] = Estimate(point_estimate(statistic, rows), lower, upper)
     return found
 
 

@@ -1,9 +1,9 @@
-"""What training leaves behind: a directory of safetensors, JSON and NPZ, no pickle.
+"""The checkpoint, the result of training: a directory of safetensors, JSON and NPZ, no pickle.
 
-weights.safetensors   the network's parameters and buffers
-checkpoint.json       how to build the network again, the data it saw, its metrics
-holdout.npz           the test part: what the export is verified on
-plots.png             for a person
+weights.safetensors   parameters and buffers of the network
+checkpoint.json       network configuration, description of the data, metrics
+holdout.npz           the test split, on which the export is verified
+plots.png             plots of the training and evaluation
 """
 
 import json
@@ -28,7 +28,7 @@ from dropserve.model.training import Trained
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "numpy", "scikit-learn")
-# What reading a damaged file raises.
+# Exceptions that reading a damaged file raises.
 DAMAGE = (
     EOFError,
     LookupError,
@@ -43,34 +43,34 @@ DAMAGE = (
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message says why."""
+    """A checkpoint cannot be written or read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network with what its export needs to know."""
+    """A trained network with all that its export needs."""
 
     model: Model
     config: NetworkConfig
-    holdout: Dataset  # the test part, in raw features
-    feature_ranges: tuple[tuple[float, float], ...]  # D pairs, of the training part; () for images
+    holdout: Dataset  # the test split, in raw features
+    feature_ranges: tuple[tuple[float, float], ...]  # D pairs, of the training split; () for images
     input_range: tuple[float, float]  # over all features
-    noise_std: tuple[float, ...] | None  # [C], regression of constant noise only
-    metrics: dict[str, dict[str, float]]  # of the test part, by mode
+    noise_std: tuple[float, ...] | None  # [C], only for a regression with constant noise
+    metrics: dict[str, dict[str, float]]  # on the test split, by mode
     seed: int
-    packages: dict[str, str]
-    # Older checkpoints do not say either.
-    eval_noise_std: tuple[float, ...] | None = None  # [C], regression only
-    temperature: float | None = None  # folded into the last layer; where calibrated only
+    packages: dict[str, str]  # versions by name
+    # Older checkpoints lack the next two.
+    eval_noise_std: tuple[float, ...] | None = None  # [C], as noise_std, around eval mode
+    temperature: float | None = None  # folded into the last layer; None if not calibrated
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions a checkpoint records."""
+    """Return the versions of Python and of the packages that affect training."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def of(trained: Trained, config: NetworkConfig, parts: Split, seed: int) -> Checkpoint:
-    """Put what training has left into a checkpoint."""
+def from_training(trained: Trained, config: NetworkConfig, parts: Split, seed: int) -> Checkpoint:
+    """Build the checkpoint of a finished training."""
     x = parts.train.x
     columns = x if x.ndim == 2 else x[:, :0].reshape(len(x), 0)
     return Checkpoint(
@@ -89,19 +89,20 @@ def of(trained: Trained, config: NetworkConfig, parts: Split, seed: int) -> Chec
 
 
 class Output:
-    """A directory that appears whole or not at all.
+    """A context manager that creates a directory whole or not at all.
 
-    Writability is tried when the object is made, before any training; an older checkpoint at the
-    same place is replaced by ``commit``, anything else there is left alone.
+    Write files into ``staging``, then call ``commit``. The constructor checks that the place is
+    writable, so that hours of training do not end in an error. ``commit`` replaces an older
+    checkpoint; a place that holds anything else is refused.
 
     Raises
     ------
     CheckpointError
-        If the place cannot be written or holds something that is no checkpoint.
+        If the place cannot be written, or holds something other than a checkpoint.
     """
 
     def __init__(self, place: Path) -> None:
-        # A link is followed, and "." gets a name.
+        # Follow links, and give "." a name.
         self.place = Path(os.path.realpath(place))
         if self.place.exists() and not is_replaceable(self.place):
             raise CheckpointError(f"{place} is there already and holds no checkpoint; not replaced")
@@ -118,12 +119,12 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
-        with suppress(OSError):  # not empty: it holds the checkpoint, or what another put there
+        with suppress(OSError):  # not empty: it holds the checkpoint or another process's files
             for folder in self.made:
                 folder.rmdir()
 
     def commit(self) -> None:
-        """Put what was written to ``staging`` in place."""
+        """Move ``staging`` into place."""
         self.staging.chmod(0o755)
         if self.place.exists():
             old = self.staging.with_name(f"{self.staging.name}.old")
@@ -135,12 +136,12 @@ class Output:
 
 
 def is_replaceable(place: Path) -> bool:
-    """Tell a checkpoint or an empty directory from what somebody else put there."""
+    """Tell whether ``place`` is a checkpoint or an empty directory."""
     return place.is_dir() and ((place / "checkpoint.json").is_file() or not os.listdir(place))
 
 
 def save(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write ``checkpoint`` into ``directory``, which is there."""
+    """Write ``checkpoint`` into ``directory``, which must exist."""
     save_file(checkpoint.model.state_dict(), directory / "weights.safetensors")
     holdout = checkpoint.holdout
     np.savez_compressed(directory / "holdout.npz", x=holdout.x, y=holdout.y)
@@ -167,12 +168,12 @@ def save(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def load(directory: Path) -> Checkpoint:
-    """Read the checkpoint in ``directory`` and build its network, in eval mode.
+    """Read the checkpoint in ``directory``; its network is in eval mode.
 
     Raises
     ------
     CheckpointError
-        If there is none, or it is damaged or of another schema.
+        If there is none, or if it is damaged or of another schema.
     """
     path = directory / "checkpoint.json"
     if not path.is_file():
@@ -191,13 +192,13 @@ def load(directory: Path) -> Checkpoint:
             hidden=tuple(network["hidden"]),
             p=network["p"],
             scaling=network["scaling"],
-            # Checkpoints from before there was such a site, or such a noise, have none.
+            # Older checkpoints have neither.
             input_p=network.get("input_p", 0.0),
             noise=network.get("noise", "constant"),
         )
         model = Model(config)
         model.load_state_dict(load_file(directory / "weights.safetensors"))
-        # numpy leaves a file that it opened itself open when it is no NPZ.
+        # Opened here, because numpy does not close a file of its own that turns out to be no NPZ.
         with (
             (directory / "holdout.npz").open("rb") as raw,
             np.load(raw, allow_pickle=False) as file,

@@ -1,4 +1,4 @@
-"""``dropserve train`` makes a checkpoint of a data set, ``dropserve evaluate`` judges one."""
+"""``dropserve train`` and ``dropserve evaluate``: options, console output, files written."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from dropserve.model.networks import NETWORKS, NOISES, NetworkConfig
 
 
 def probability(text: str) -> float:
-    """Read ``--p``."""
+    """Parse the probability of dropping a unit, in [0, 1)."""
     try:
         p = float(text)
         check_probability(p)
@@ -26,15 +26,15 @@ def probability(text: str) -> float:
     return p
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 to below 2^31."""
+def positive_integer(text: str) -> int:
+    """Parse a whole number in [1, 2^31)."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"must be a whole number in [1, 2^31), not {text!r}")
     return int(text)
 
 
-def finite(text: str) -> float:
-    """Read a number that is at least 0."""
+def non_negative(text: str) -> float:
+    """Parse a finite number of at least 0."""
     try:
         number = float(text)
     except ValueError:
@@ -45,21 +45,21 @@ def finite(text: str) -> float:
 
 
 def patience(text: str) -> int | None:
-    """Read ``--patience``: epochs, or ``none``."""
-    return None if text == "none" else positive(text)
+    """Parse a number of epochs, or ``none``."""
+    return None if text == "none" else positive_integer(text)
 
 
 def seed(text: str) -> int:
-    """Read ``--seed``."""
+    """Parse a seed, a whole number in [0, 2^63)."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2^63), not {text!r}")
     return int(text)
 
 
 def widths(text: str) -> tuple[int, ...]:
-    """Read ``--hidden``: layer widths separated by commas."""
+    """Parse layer widths separated by commas."""
     try:
-        return tuple(positive(part.strip()) for part in text.split(","))
+        return tuple(positive_integer(part.strip()) for part in text.split(","))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"must be whole numbers like 256,256, not {text!r}"
@@ -67,94 +67,104 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def train_parser(prog: str) -> OneLineParser:
-    """Describe the command line of ``train``."""
-    train = OneLineParser(
+    """Return the parser of ``train``."""
+    defaults = training.TrainingConfig
+    parser = OneLineParser(
         prog,
-        "Train a network, report on the held-out split, write a checkpoint.",
+        "Train a network, report metrics on the test split, write a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument("--data", default="digits", help="digits, diabetes, FILE.csv or FILE.npz")
-    train.add_argument("--target", metavar="COLUMN", help="the CSV column to predict")
-    train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    train.add_argument("--task", choices=datasets.TASKS, help="by default, what the target is")
-    train.add_argument("--network", choices=NETWORKS, default="mlp", help="kind of network")
-    train.add_argument("--hidden", type=widths, default=(256, 256), help="widths of the layers")
-    train.add_argument("--p", type=probability, default=0.5, help="share of units dropped")
-    train.add_argument(
-        "--input-p", type=probability, default=0.0, help="share of the features dropped"
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, diabetes, FILE.csv or FILE.npz")
+    add("--target", metavar="COLUMN", help="CSV column to predict")
+    add("--out", type=Path, required=True, help="directory of the checkpoint")
+    add(
+        "--task", choices=datasets.TASKS, help="kind of task; inferred from the target if not given"
     )
-    train.add_argument(
+    add("--network", choices=NETWORKS, default="mlp", help="kind of network")
+    add("--hidden", type=widths, default="256,256", help="widths of the hidden layers")
+    add("--p", type=probability, default=0.5, help="probability of dropping a unit")
+    add("--input-p", type=probability, default=0.0, help="probability of dropping a feature")
+    add(
         "--noise",
         choices=NOISES,
         default="constant",
-        help="of a regression's targets; input: a second head answers how large it is where",
+        help="noise of a regression's targets; input: a second head predicts it for each row",
     )
-    train.add_argument("--scaling", choices=SCALINGS, default="classic", help="who scales when")
-    train.add_argument(
-        "--epochs", type=positive, default=training.TrainingConfig.epochs, help="epochs at most"
+    add("--scaling", choices=SCALINGS, default="classic", help="scaling of dropout")
+    add("--epochs", type=positive_integer, default=defaults.epochs, help="maximum number of epochs")
+    add(
+        "--batch-size",
+        type=positive_integer,
+        default=defaults.batch_size,
+        help="rows in each training step",
     )
-    train.add_argument("--batch-size", type=positive, default=64, help="rows of one step")
-    train.add_argument(
+    add(
         "--learning-rate",
-        type=finite,
-        default=training.TrainingConfig.learning_rate,
-        help="of AdamW, at the start",
+        type=non_negative,
+        default=defaults.learning_rate,
+        help="initial learning rate of AdamW",
     )
-    train.add_argument(
+    add(
         "--schedule",
         choices=training.SCHEDULES,
-        default=training.TrainingConfig.schedule,
-        help="of the learning rate: to 0 over the epochs, or none",
+        default=defaults.schedule,
+        help="learning rate over the epochs; cosine: falls to 0",
     )
-    train.add_argument(
+    add(
         "--weight-decay",
-        type=finite,
-        default=training.TrainingConfig.weight_decay,
-        help="of AdamW",
+        type=non_negative,
+        default=defaults.weight_decay,
+        help="weight decay of AdamW",
     )
-    train.add_argument(
+    add(
         "--patience",
         type=patience,
-        default=training.TrainingConfig.patience,
+        default=defaults.patience,
         metavar="EPOCHS",
-        help="without a better validation loss before training stops and takes the best weights; "
-        "none: train all epochs and keep the last",
+        help="epochs without a better validation loss before training stops and restores the best "
+        "weights; none: train all epochs and keep the last weights",
     )
-    train.add_argument("--seed", type=seed, default=0, help="of split, weights, order and masks")
-    train.add_argument(
+    add(
+        "--seed",
+        type=seed,
+        default=defaults.seed,
+        help="seed of the split, the initial weights, the order of rows and the masks",
+    )
+    add(
         "--calibrate",
         action="store_true",
-        help="fit a temperature on the validation part and fold it into the last layer",
+        help="fit a temperature on the validation split and fold it into the last layer",
     )
-    return train
+    return parser
 
 
 def evaluate_parser(prog: str) -> OneLineParser:
-    """Describe the command line of ``evaluate``."""
-    evaluate = OneLineParser(
-        prog, "Judge a checkpoint on its held-out rows, eval mode beside Monte Carlo passes."
+    """Return the parser of ``evaluate``."""
+    parser = OneLineParser(
+        prog, "Evaluate a checkpoint on its held-out rows, in eval mode and with dropout passes."
     )
-    evaluate.add_argument("run", type=Path, help="directory of the checkpoint")
-    evaluate.add_argument(
+    parser.add_argument("run", type=Path, help="directory of the checkpoint")
+    parser.add_argument(
         "--out",
         type=Path,
-        help="directory for evaluation.json and evaluation.png; by default the checkpoint's",
+        help="directory for evaluation.json and evaluation.png; default: that of the checkpoint",
     )
-    return evaluate
+    return parser
 
 
 def train(arguments: Sequence[str], prog: str) -> int:
-    """Run the command line after ``train``; return the exit status."""
-    return without_trace(run_training, train_parser(prog).parse_args(arguments))
+    """Run ``train`` with the arguments after its name; return the exit status."""
+    return exit_status(run_training, train_parser(prog).parse_args(arguments))
 
 
 def evaluate(arguments: Sequence[str], prog: str) -> int:
-    """Run the command line after ``evaluate``; return the exit status."""
-    return without_trace(run_evaluation, evaluate_parser(prog).parse_args(arguments))
+    """Run ``evaluate`` with the arguments after its name; return the exit status."""
+    return exit_status(run_evaluation, evaluate_parser(prog).parse_args(arguments))
 
 
-def without_trace(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command; print what is wrong with its input as one line; return the exit status."""
+def exit_status(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command and return its exit status; print an error in its input as one line."""
     try:
         run(args)
     except (datasets.DataError, checkpoint.CheckpointError, ValueError, OSError) as error:
@@ -164,7 +174,7 @@ def without_trace(run: Callable[[argparse.Namespace], None], args: argparse.Name
 
 
 def run_training(args: argparse.Namespace) -> None:
-    """Train, report, and write a checkpoint."""
+    """Train, write a checkpoint, and print its report."""
     dataset = datasets.load(args.data, args.target, args.task)
     config = NetworkConfig(
         network=args.network,
@@ -195,46 +205,46 @@ def run_training(args: argparse.Namespace) -> None:
         trained = training.train(config, parts, how, progress=True)
         if warning := double_scaling_warning(trained.model):
             print(f"warning: {warning}", file=sys.stderr)
-        result = checkpoint.of(trained, config, parts, args.seed)
+        result = checkpoint.from_training(trained, config, parts, args.seed)
         checkpoint.save(result, output.staging)
-        found = judge(result)
+        found = report_of(result)
         plots.write_page(found, output.staging / "plots.png", trained.losses)
         output.commit()
     if trained.temperature is not None:
         print(f"temperature {trained.temperature:.4g}, folded into the last layer")
     print_metrics(trained, len(parts.test))
-    print("", *report.lines(found), sep="\n")
+    print("", *report.table_lines(found), sep="\n")
     print(f"wrote {args.out}")
 
 
 def run_evaluation(args: argparse.Namespace) -> None:
-    """Judge a checkpoint and write the report."""
+    """Evaluate a checkpoint, write the report, and print it."""
     run = checkpoint.load(args.run)
     out = args.run if args.out is None else args.out
-    # Before the work whose outcome it takes.
+    # Fail before the evaluation, not after it.
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise checkpoint.CheckpointError(f"cannot write to {out}: it is no folder") from None
-    found = judge(run)
+    found = report_of(run)
     text = json.dumps(asdict(found), indent=2, allow_nan=False)
     (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     plots.write_page(found, out / "evaluation.png")
     print(f"{found.data}: {found.task}, {found.rows} held-out rows")
-    print(*report.lines(found), sep="\n")
+    print(*report.table_lines(found), sep="\n")
     print(f"wrote {out / 'evaluation.json'} and {out / 'evaluation.png'}")
 
 
-def judge(run: checkpoint.Checkpoint) -> report.Report:
-    """Report on the held-out rows of a checkpoint."""
+def report_of(run: checkpoint.Checkpoint) -> report.Report:
+    """Return the report on the held-out rows of a checkpoint."""
     noise = None if run.noise_std is None else np.array(run.noise_std)
-    # Older checkpoints do not say the noise around eval mode.
+    # Older checkpoints lack the noise around eval mode.
     eval_noise = noise if run.eval_noise_std is None else np.array(run.eval_noise_std)
     return report.report(run.model, run.holdout, noise, eval_noise)
 
 
 def print_metrics(trained: training.Trained, rows: int) -> None:
-    """Print the held-out metrics, eval mode beside the Monte Carlo mean."""
+    """Print the metrics on ``rows`` held-out rows: a column for eval mode, one for the passes."""
     print(f"{f'held out: {rows} rows':<24}{'eval mode':>12}{'100 passes':>12}")
     for name, value in trained.metrics["eval"].items():
         print(f"{name:<24}{value:>12.4g}{trained.metrics['mc'][name]:>12.4g}")

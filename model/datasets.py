@@ -1,7 +1,7 @@
-"""Data sets: the bundled ones, any CSV, any NPZ; and their split by seed.
+"""Data sets: scikit-learn's digits and diabetes, CSV files, NPZ files; and their split by seed.
 
-Every data set comes out as raw float32 features and targets. What is wrong with a file is a
-``DataError`` whose message names the row and the column.
+Features and regression targets are raw float32 values. An error in a file is a ``DataError`` whose
+message names the row and the column.
 """
 
 import csv
@@ -22,12 +22,12 @@ TASKS: tuple[Task, ...] = get_args(Task)
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 FEWEST_ROWS = 20
-# Whole numbers with no more different values than this are taken as classes.
+# Whole numbers with at most this many distinct values are taken as classes.
 MOST_NUMERIC_CLASSES = 20
 
 
 class DataError(Exception):
-    """A data set that cannot be used; the message says where and why."""
+    """A data set cannot be used; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint parts: to train on, to stop and tune by, and to report on."""
+    """Three disjoint parts: for training, for early stopping and tuning, and for reporting."""
 
     train: Dataset
     validation: Dataset
@@ -59,7 +59,7 @@ class Split:
 
 
 def split(dataset: Dataset, seed: int) -> Split:
-    """Split at random, 70 : 15 : 15, always the same way for a seed."""
+    """Split at random, 70 : 15 : 15; the seed and the number of rows determine the split."""
     order = np.random.default_rng(seed).permutation(len(dataset)).astype(np.int64)
     held_out = max(1, round(0.15 * len(dataset)))
     return Split(
@@ -75,11 +75,11 @@ def load(data: str, target: str | None = None, task: Task | None = None) -> Data
     Parameters
     ----------
     data
-        A bundled data set's name or a file's path.
+        Name of a bundled data set, or path of a file.
     target
-        The CSV column to predict.
+        CSV column to predict.
     task
-        Overrides what the targets look like.
+        Kind of task; if None, inferred from the targets.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def load(data: str, target: str | None = None, task: Task | None = None) -> Data
 
 
 def load_digits() -> Dataset:
-    """Load scikit-learn's digits: 1,797 images of 8x8 pixels from 0 to 16, ten classes."""
+    """Load scikit-learn's digits: 1,797 images of 8x8 pixels with values 0 to 16, ten classes."""
     digits = bundled.load_digits()
     return Dataset(
         name="digits",
@@ -128,7 +128,7 @@ def load_digits() -> Dataset:
 
 
 def load_diabetes() -> Dataset:
-    """Load scikit-learn's diabetes: 442 patients, ten measurements, progression after a year."""
+    """Load scikit-learn's diabetes: 442 patients, ten features, disease progression in a year."""
     diabetes = bundled.load_diabetes(scaled=False)
     return Dataset(
         name="diabetes",
@@ -198,14 +198,14 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def filled(path: Path, row: int, column: str, cell: str) -> str:
-    """Return the cell's text, refusing a missing value."""
+    """Return the stripped text of a cell; raise DataError for a missing value."""
     if cell.strip().lower() in MISSING:
         raise DataError(f"{path}: missing value in row {row}, column {column!r}")
     return cell.strip()
 
 
 def number(path: Path, row: int, column: str, cell: str) -> float:
-    """Return the cell as a number that float32 can hold."""
+    """Return the number in a cell; raise DataError if it is none or beyond float32."""
     text = filled(path, row, column, cell)
     try:
         value = float(text)
@@ -217,7 +217,7 @@ def number(path: Path, row: int, column: str, cell: str) -> float:
 
 
 def csv_task(texts: Sequence[str]) -> Task:
-    """Take text, or few different whole numbers, as classes and anything else as values."""
+    """Return the task for a target column: texts, or few distinct whole numbers, are classes."""
     try:
         values = {float(text) for text in texts}
     except ValueError:
@@ -227,9 +227,10 @@ def csv_task(texts: Sequence[str]) -> Task:
 
 
 def classes(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the labels, numbers in their order and texts in theirs, and each row's class.
+    """Return the labels, in numeric or alphabetic order, and the class ``[B]`` of each row.
 
-    Two spellings of a number, 1 and 1.0, are one class, labelled by the first in the alphabet.
+    Two spellings of a number, such as 1 and 1.0, are one class, labelled with the alphabetically
+    first.
     """
     spellings = sorted(set(texts))
     try:
@@ -251,8 +252,8 @@ def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
     if target is not None:
         raise DataError(f"{path}: --target is for CSV files; an NPZ file's target is its array y")
     try:
-        # Pickled objects could run code, so they are not read.
-        # numpy leaves a file that it opened itself open when it is no NPZ.
+        # No pickle, since it could run code. Opened here, because numpy does not close a file of
+        # its own that turns out to be no NPZ.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = {"x", "y"} - set(file.files)
             if missing:
@@ -285,7 +286,7 @@ def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
 
 
 def finite_float32(path: Path, name: str, values: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Return ``values`` as float32, refusing what is no number, NaN or beyond float32."""
+    """Return ``values`` as float32; raise DataError for other types, NaN or values beyond it."""
     if values.dtype.kind not in "iufb":
         raise DataError(f"{path}: {name} must hold numbers, not {values.dtype}")
     with np.errstate(over="ignore"):

@@ -1,16 +1,16 @@
-"""The dropout layer, its three scalings, and what each of them costs.
+"""The dropout layer, its three scalings, and the random numbers behind its masks.
 
-With ``m`` a mask that keeps a unit with probability ``1 - p``:
+With a mask ``m`` that keeps a unit with probability ``1 - p``:
 
     scaling      train mode          eval mode     E[train] = eval?
     double       x * m / (1 - p)     x * (1 - p)   no: scaled twice
     classic      x * m               x * (1 - p)   yes
     inverted     x * m / (1 - p)     x             yes
 
-``double`` is the code of the article this project started from. Dividing by ``1 - p`` while
-training already keeps the expectation at ``x``; multiplying by ``1 - p`` at evaluation then takes
-it away again, once per layer. Accuracy hardly moves, so the fault goes unnoticed, but probabilities
-and regression values are off. The article's prose describes ``classic``.
+``double`` is the code of the article that this project started from. Dividing by ``1 - p`` in train
+mode already keeps the expectation at ``x``; multiplying by ``1 - p`` in eval mode then breaks it,
+once per layer. Accuracy hardly changes, so the error goes unnoticed, but probabilities and
+regression values are wrong. The article's prose describes ``classic``.
 
 References
 ----------
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 Scaling = Literal["double", "classic", "inverted"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-# Draws a shape of numbers that are uniform on [0, 1) from torch's global generator of a device.
+# Draws numbers of a shape, uniform on [0, 1), from torch's global generator of a device.
 Uniform = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 class CustomDropout(nn.Module):
-    """Drop units in train mode and scale as ``scaling`` says.
+    """Drop units in train mode; scale units as ``scaling`` says.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class CustomDropout(nn.Module):
     scaling
         ``"double"`` (the article's code), ``"classic"`` or ``"inverted"``; see the module.
     channels
-        Draw one mask value per channel instead of one per unit, for what follows a convolution.
+        Drop whole channels instead of single units, for use behind a convolution.
 
     Raises
     ------
@@ -52,8 +52,8 @@ class CustomDropout(nn.Module):
 
     Shape
     -----
-    Input ``[B, ...]`` (``[B, H, ...]`` with at least one axis behind the channels when
-    ``channels``), output the same.
+    Input and output ``[B, ...]``; with ``channels``, ``[B, H, ...]`` with at least one axis behind
+    the H channels.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class CustomDropout(nn.Module):
         self.scaling: Scaling = scaling
         self.channels = channels
         self.train_factor, self.eval_factor = factors(self.p, scaling)
-        self.uniform: Uniform = independent
+        self.uniform: Uniform = independent_uniforms
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x [B, ...]``."""
@@ -86,11 +86,11 @@ class CustomDropout(nn.Module):
     def draw_mask(self, x: Tensor) -> Tensor:
         """Draw a mask of zeros and ones, broadcastable to ``x``, from torch's global generator."""
         shape = (len(x), *mask_shape(tuple(x.shape[1:]), self.channels))
-        # Uniform numbers lie in [0, 1), so >= (not >) is what keeps every unit at p = 0.
+        # Uniform numbers can be 0, so only >= (not >) keeps every unit at p = 0.
         return (self.uniform(shape, x.device) >= self.p).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Show the layer's parameters where a network is printed."""
+        """Return the parameters that torch prints with a network."""
         return f"p={self.p}, scaling={self.scaling!r}, channels={self.channels}"
 
 
@@ -104,7 +104,7 @@ def check_probability(p: float) -> None:
 
 
 def factors(p: float, scaling: Scaling) -> tuple[float, float]:
-    """Return what kept units are multiplied by in train mode, and all units in eval mode."""
+    """Return the factor of kept units in train mode, and that of all units in eval mode."""
     keep = 1.0 - p
     return {"double": (1.0 / keep, keep), "classic": (1.0, keep), "inverted": (1.0 / keep, 1.0)}[
         scaling
@@ -112,7 +112,13 @@ def factors(p: float, scaling: Scaling) -> tuple[float, float]:
 
 
 def mask_shape(unit_shape: tuple[int, ...], channels: bool) -> tuple[int, ...]:
-    """Return the shape of one pass's mask for an input of ``unit_shape`` (no batch axis)."""
+    """Return the shape of one pass's mask for an input of ``unit_shape`` (no batch axis).
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` and no axis follows that of the channels.
+    """
     if not channels:
         return unit_shape
     if len(unit_shape) < 2:
@@ -121,7 +127,7 @@ def mask_shape(unit_shape: tuple[int, ...], channels: bool) -> tuple[int, ...]:
 
 
 def double_scaling_warning(module: nn.Module) -> str | None:
-    """Say in one line what ``double`` costs ``module``, or None where no site uses it."""
+    """Return a one-line warning of what ``double`` costs ``module``; None if no site uses it."""
     keeps = [
         1.0 - site.p
         for site in module.modules()
@@ -137,20 +143,23 @@ def double_scaling_warning(module: nn.Module) -> str | None:
     )
 
 
-def independent(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draw each of ``shape`` uniform numbers on its own: those of ordinary dropout."""
+def independent_uniforms(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Draw independent uniform numbers, as ordinary dropout does."""
     return torch.rand(shape, device=device, dtype=torch.float32)
 
 
-def stratified(passes: int) -> Uniform:
-    """Return what draws the uniforms of T = ``passes`` passes by Latin hypercubes.
+def latin_hypercube(passes: int) -> Uniform:
+    """Return a function that draws the uniforms of T = ``passes`` passes as a Latin hypercube.
 
-    The passes of all rows come pass by pass, ``[T * B, ...]``. Each unit of each row and site has a
-    hypercube of one dimension to itself, ``u_t = (pi(t) + v) / T`` with a random permutation pi and
-    uniform v: every u_t alone is uniform, so a single pass is an ordinary one, but of the T that a
-    unit gets one falls into each of T equal parts of [0, 1). So a unit is dropped p T times,
-    rounded up or down at random. Different units are independent. One v does for all t, since only
-    that of the part which p lies in has a say.
+    Its shapes are ``[T * B, ...]``, all rows of a pass together. The T numbers of each unit of each
+    row and site are ``u_t = (pi(t) + v) / T`` with a random permutation pi and a uniform v. Every
+    u_t alone is uniform, so a single pass is an ordinary one; but one of the T numbers falls into
+    each of T equal parts of [0, 1), so a unit is dropped p T times, rounded up or down at random.
+    Different units are independent. One v serves all t, since only the number in the part that
+    contains p can fall on either side of p.
+
+    The hypercube spans all T passes. The service's stratified masks (``app.uncertainty.masks``)
+    repeat a short one in independent replicates instead, which give a standard error.
 
     References
     ----------
@@ -160,9 +169,9 @@ def stratified(passes: int) -> Uniform:
 
     def uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
         units = math.prod(shape) // passes  # of all rows
-        # The order of random numbers is a random permutation. numpy sorts ten times as fast.
+        # The order of random numbers is a random permutation. numpy sorts ten times faster.
         order = np.argsort(torch.rand(units, passes).numpy(), axis=1)
-        # float32 would round a number just below (k + 1) / T up to it, into the next part.
+        # float64, since float32 would round numbers just below (k + 1) / T up into the next part.
         within = torch.rand(units, 1, dtype=torch.float64).numpy()
         drawn = torch.from_numpy((order + within) / passes)  # [units, T]
         return drawn.T.reshape(shape).to(device)
@@ -171,11 +180,13 @@ def stratified(passes: int) -> Uniform:
 
 
 @contextmanager
-def only_sites_in_train_mode(model: nn.Module, uniform: Uniform = independent) -> Iterator[None]:
-    """Put the dropout layers of ``model`` in train mode and all else in eval mode, for a while.
+def only_sites_in_train_mode(
+    model: nn.Module, uniform: Uniform = independent_uniforms
+) -> Iterator[None]:
+    """Put the dropout layers of ``model`` in train mode and all other modules in eval mode.
 
-    This is the mode of a Monte Carlo pass: batch norm must keep its learned statistics. The layers
-    draw by ``uniform`` meanwhile, say that of ``stratified``.
+    This is the mode of a Monte Carlo pass: batch norm must keep its learned statistics. Within the
+    context the layers draw their numbers by ``uniform``; afterwards all modules are as before.
     """
     was_training = {module: module.training for module in model.modules()}
     sites = [module for module in model.modules() if isinstance(module, CustomDropout)]

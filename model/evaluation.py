@@ -1,7 +1,7 @@
-"""How good the answers are: metrics on arrays, observation noise, Monte Carlo passes in torch.
+"""Metrics on arrays, observation noise, and Monte Carlo passes in torch.
 
-Every metric is a statistic of rows, to be resampled (``bootstrap``). ``samples`` are the outputs of
-T train-mode passes; the metrics of a Monte Carlo answer are those of the passes' mixture.
+Every metric is a statistic of rows, which ``bootstrap`` resamples. ``samples`` are the outputs of T
+train-mode passes; the Monte Carlo metrics are those of the mixture of the passes.
 """
 
 from typing import Literal
@@ -13,18 +13,21 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, ndtr
 from torch import Tensor, nn
 
-from dropserve.model.bootstrap import Statistic, mean_of, value
+from dropserve.model.bootstrap import Statistic, mean_of, point_estimate
 from dropserve.model.datasets import Dataset
-from dropserve.model.dropout import independent, only_sites_in_train_mode, stratified
+from dropserve.model.dropout import (
+    independent_uniforms,
+    latin_hypercube,
+    only_sites_in_train_mode,
+)
 
 Floats = NDArray[np.float64]
-Masks = Literal["independent", "stratified"]
+Masks = Literal["independent", "hypercube"]
 
 ECE_BINS = 15
 PASSES = 100
-# Rows times passes of one torch forward: bounds the memory of evaluating a large data set.
+# Rows times passes, and input values of the passes, in one forward call: bounds the memory.
 ROW_PASSES_AT_ONCE = 8192
-# And of passes the numbers of their inputs, since activations grow with these.
 INPUTS_AT_ONCE = 2**19
 
 
@@ -40,12 +43,13 @@ def eval_outputs(model: nn.Module, x: Tensor) -> Floats:
 def mc_outputs(
     model: nn.Module, x: Tensor, passes: int, seed: int, masks: Masks = "independent"
 ) -> Floats:
-    """Run ``passes`` train-mode passes on ``x [B, ...]``; return logits or values ``[T, B, C]``.
+    """Run T = ``passes`` train-mode passes on ``x [B, ...]``; return outputs ``[T, B, C]``.
 
-    Any one of them is the same in law for both kinds of ``masks``; those that are ``stratified``
-    over the passes of a row (``dropout.stratified``) only make sense together.
+    A single pass has the same distribution for both kinds of ``masks``. The passes of a
+    ``hypercube`` (``dropout.latin_hypercube``) depend on each other, so only all T together give
+    its precise mean.
     """
-    uniform = independent if masks == "independent" else stratified(passes)
+    uniform = independent_uniforms if masks == "independent" else latin_hypercube(passes)
     with torch.random.fork_rng(devices=[]), only_sites_in_train_mode(model, uniform):
         torch.manual_seed(seed)
         parts = []
@@ -57,21 +61,21 @@ def mc_outputs(
 
 
 def class_probabilities(logits: Floats) -> Floats:
-    """Turn logits ``[B, C]``, or those of passes ``[T, B, C]``, into probabilities ``[B, C]``."""
+    """Return the probabilities ``[B, C]`` of logits ``[B, C]``, or the mean of ``[T, B, C]``."""
     probabilities: Floats = np.exp(log_softmax(logits, axis=-1))
     return probabilities.mean(axis=0) if logits.ndim == 3 else probabilities
 
 
 def classification_statistics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, Statistic]:
-    """Return accuracy, NLL (nats), Brier score and ECE of ``probabilities [B, C]``, to resample.
+    """Return the metrics of ``probabilities [B, C]`` for true classes ``y [B]``, as statistics.
 
-    - ``accuracy``: the share of rows whose likeliest class is the true one.
-    - ``nll``: the mean of -log p(true class).
-    - ``brier``: the mean of sum_c (p_c - [c is true])^2, the multi-class score of Brier (1950),
+    - ``accuracy``: share of rows whose most probable class is the true one.
+    - ``nll``: mean of -log p(true class), in nats.
+    - ``brier``: mean of sum_c (p_c - [c is true])^2, the multi-class score of Brier (1950),
       Verification of Forecasts Expressed in Terms of Probability, from 0 to 2.
-    - ``ece``: sum over ``ECE_BINS`` bins of confidence, equally wide, of |accuracy - mean
-      confidence| in the bin times its share of rows: Guo et al. (2017), On Calibration of Modern
-      Neural Networks, eq. 3.
+    - ``ece``: expected calibration error, the sum over ``ECE_BINS`` equally wide bins of confidence
+      of |accuracy - mean confidence| in the bin times its share of rows: Guo et al. (2017), On
+      Calibration of Modern Neural Networks, eq. 3.
     """
     correct = probabilities.argmax(axis=1) == y
     onehot = np.eye(probabilities.shape[1])[y]
@@ -96,11 +100,11 @@ def class_nll(probabilities: Floats, y: NDArray[np.int64]) -> Floats:
 def classification_metrics(probabilities: Floats, y: NDArray[np.int64]) -> dict[str, float]:
     """Return the values of ``classification_statistics``."""
     statistics = classification_statistics(probabilities, y)
-    return {name: value(statistic, len(y)) for name, statistic in statistics.items()}
+    return {name: point_estimate(statistic, len(y)) for name, statistic in statistics.items()}
 
 
 def confidence_bins(confidence: Floats) -> NDArray[np.int64]:
-    """Return which of ``ECE_BINS`` equally wide bins each of ``confidence [B]`` falls into."""
+    """Return the bin of each of ``confidence [B]``, of ``ECE_BINS`` equally wide ones."""
     bins: NDArray[np.int64] = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
     return bins
 
@@ -108,10 +112,10 @@ def confidence_bins(confidence: Floats) -> NDArray[np.int64]:
 def reliability(
     probabilities: Floats, y: NDArray[np.int64]
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Return mean confidence, accuracy and number of rows of each non-empty confidence bin.
+    """Return the reliability diagram: mean confidence, accuracy and rows of each non-empty bin.
 
-    The reliability diagram: DeGroot and Fienberg (1983), The Comparison and Evaluation of
-    Forecasters; the bins are those of the ECE.
+    DeGroot and Fienberg (1983), The Comparison and Evaluation of Forecasters. The bins are those of
+    the ECE.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == y
@@ -126,9 +130,9 @@ def reliability(
 def values_and_noise(
     outputs: Floats, part: Dataset, noise_std: Floats | None
 ) -> tuple[Floats, Floats]:
-    """Return values ``[..., C]`` and their noise's standard deviation: ``[C]``, or ``[..., C]``.
+    """Return values ``[..., C]`` and their noise's standard deviation, ``[C]`` or ``[..., C]``.
 
-    ``noise_std [C]`` is None where the network's ``outputs [..., 2C]`` hold it.
+    ``noise_std [C]`` is None if the network's ``outputs [..., 2C]`` hold the noise.
     """
     targets = len(part.outputs)
     noise = np.exp(outputs[..., targets:]) if noise_std is None else noise_std
@@ -136,11 +140,11 @@ def values_and_noise(
 
 
 def regression_statistics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, Statistic]:
-    """Return RMSE, MAE (target units) and log-likelihood (nats a row), to resample.
+    """Return RMSE, MAE (in target units) and log-likelihood (in nats per row), as statistics.
 
-    ``samples [T, B, C]`` are the passes, the prediction is their mean; a point prediction is one
-    pass. The log-likelihood is that of the passes' mixture with the observation noise, ``noise_std
-    [C]`` or ``[T, B, C]``.
+    The prediction is the mean of the passes ``samples [T, B, C]``; eval mode is a single pass. The
+    log-likelihood of ``y [B, C]`` is that of the mixture of the passes with the observation noise,
+    ``noise_std [C]`` or ``[T, B, C]``.
     """
     error = samples.mean(axis=0) - y
     mean_square = mean_of((error**2).mean(axis=1))
@@ -154,14 +158,14 @@ def regression_statistics(samples: Floats, y: Floats, noise_std: Floats) -> dict
 def regression_metrics(samples: Floats, y: Floats, noise_std: Floats) -> dict[str, float]:
     """Return the values of ``regression_statistics``."""
     statistics = regression_statistics(samples, y, noise_std)
-    return {name: value(statistic, len(y)) for name, statistic in statistics.items()}
+    return {name: point_estimate(statistic, len(y)) for name, statistic in statistics.items()}
 
 
 def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
-    """Return ``log 1/T sum_t N(y; f_t, noise_std^2)`` as ``[B, C]``.
+    """Return ``log 1/T sum_t N(y; f_t, noise_std^2)``, ``[B, C]``.
 
     Gal and Ghahramani (2016), eq. 8 of the appendix; ``noise_std``, ``[C]`` or ``[T, B, C]``, is
-    tau^(-1/2).
+    their tau^(-1/2).
     """
     z = (y - samples) / noise_std  # [T, B, C]
     log_density = -0.5 * z**2 - np.log(noise_std) - 0.5 * np.log(2 * np.pi)
@@ -172,8 +176,8 @@ def log_likelihood(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
 def central_level(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
     """Return the level ``[B, C]`` of the central interval of the mixture that just reaches ``y``.
 
-    It is |2 F(y) - 1| with F(y) = 1/T sum_t Phi((y - f_t) / noise_std): the interval of a level q
-    holds y where that is at most q. Where the answers are right it is uniform on [0, 1]: Kuleshov,
+    It is |2 F(y) - 1| with F(y) = 1/T sum_t Phi((y - f_t) / noise_std): the interval of level q
+    contains y if the result is at most q. For a calibrated model it is uniform on [0, 1]: Kuleshov,
     Fenner and Ermon (2018), Accurate Uncertainties for Deep Learning Using Calibrated Regression,
     with central intervals in place of one-sided ones.
     """
@@ -182,14 +186,14 @@ def central_level(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
 
 
 def fit_noise(samples: Floats, y: Floats, shape: Floats | None = None) -> Floats:
-    """Return the observation noise std ``[C]`` that makes ``y [B, C]`` likeliest.
+    """Return the observation noise std ``[C]`` that maximises the likelihood of ``y [B, C]``.
 
-    With a ``shape [T, B, C]``, what that is to be multiplied by to give the noise std.
+    With a noise std ``shape [T, B, C]``, return the factor ``[C]`` that scales it best.
     """
     shape = np.ones_like(samples) if shape is None else shape
     error = (y - samples.mean(axis=0)) / np.sqrt((shape**2).mean(axis=0))
     spread = np.sqrt((error**2).mean(axis=0))  # [C]
-    # A perfect fit still has the rounding of float32, in the target's own unit.
+    # A perfect fit still has float32 rounding, in the target's own unit.
     least = 1e-6 * np.abs(y).max(axis=0) / shape.max(axis=(0, 1))
     spread = np.maximum(spread, np.maximum(least, 1e-30))
 
@@ -200,8 +204,7 @@ def fit_noise(samples: Floats, y: Floats, shape: Floats | None = None) -> Floats
             noise = np.exp(log_std) * shape[..., column]
             return -float(log_likelihood(samples[..., column], y[:, column], noise).mean())
 
-        # The residual's spread is what a point prediction would need; passes that already
-        # scatter need less.
+        # A point prediction needs the spread of the residuals; scattered passes need less.
         centre = float(np.log(spread[output]))
         return float(np.exp(minimize_scalar(loss, bounds=(centre - 5, centre + 1)).x))
 
@@ -211,10 +214,10 @@ def fit_noise(samples: Floats, y: Floats, shape: Floats | None = None) -> Floats
 def evaluate(
     model: nn.Module, part: Dataset, noise_std: Floats | None, eval_noise_std: Floats | None
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of ``part`` in eval mode and for 100 Monte Carlo passes.
+    """Return the metrics of ``part`` in eval mode (``"eval"``) and of 100 passes (``"mc"``).
 
-    For regression ``noise_std`` is the noise of the Monte Carlo answer and ``eval_noise_std``
-    that of the point prediction, ``[C]`` each; None where the network answers it itself.
+    For a regression, ``noise_std [C]`` is the noise around the passes and ``eval_noise_std [C]``
+    that around eval mode; None for a classification, or if the network outputs its noise.
     """
     x = torch.from_numpy(part.x)
     point = eval_outputs(model, x)

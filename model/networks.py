@@ -1,7 +1,7 @@
-"""The networks the command line trains: mlp, convnet and residual, raw features in, logits out.
+"""The networks that the command line trains: mlp, convnet and residual.
 
-A ``Model`` holds the preprocessing as part of the network, so that it is exported with it and a
-client sends raw features.
+A ``Model`` includes the preprocessing, so that the export includes it too and clients send raw
+features.
 
 References
 ----------
@@ -23,14 +23,14 @@ NetworkName = Literal["mlp", "convnet", "residual"]
 NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
 Noise = Literal["constant", "input"]
 NOISES: tuple[Noise, ...] = get_args(Noise)
-# Of the logarithm of a noise's standard deviation, in the targets' own: what is a thousand times as
-# large, or as small, as all targets' spread is the network's extrapolation and not the data's.
+# Limit of the logarithm of the noise's standard deviation, relative to that of the targets: a noise
+# a thousand times larger or smaller than their spread is extrapolation.
 LOG_STD_LIMIT = 7.0
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What it takes to build a network again: everything but its weights."""
+    """The complete description of a network, apart from its weights."""
 
     network: NetworkName
     input_shape: tuple[int, ...]  # without the batch axis
@@ -38,19 +38,18 @@ class NetworkConfig:
     hidden: tuple[int, ...]
     p: float
     scaling: Scaling
-    input_p: float = 0.0  # of the features themselves; 0: no site there
-    noise: Noise = "constant"  # of a regression's targets; input: the network answers it, too
+    input_p: float = 0.0  # dropout of the input features; 0: no site there
+    noise: Noise = "constant"  # of a regression's targets; input: the network predicts it
 
 
 class Model(nn.Module):
-    """Standardise raw features, drop some of them if asked to, then run the network.
+    """Standardise raw features, drop some of them with ``input_p``, then run the network.
 
     Shape
     -----
-    Input ``[B, *input_shape]`` of raw features; output ``[B, C]``: logits, or values in the
-    target's own units once ``fold_target_scale`` was called. Where the noise depends on the input,
-    ``[B, 2C]``: behind the values the logarithms of their noise's standard deviations (Nix and
-    Weigend 1994; Kendall and Gal 2017).
+    Input ``[B, *input_shape]``, raw features. Output ``[B, C]``, logits, or values in the target's
+    own units after ``fold_target_scale``. With noise ``input``, ``[B, 2C]``: the values, then the
+    logarithms of their noise's standard deviations (Nix and Weigend 1994; Kendall and Gal 2017).
     """
 
     mean: Tensor
@@ -59,13 +58,13 @@ class Model(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        # Images share one mean and one scale: a pixel that is nearly always blank would
-        # otherwise turn a stray dot into a huge number.
+        # All pixels of an image share one mean and one scale: a pixel that is nearly always blank
+        # would otherwise turn a stray dot into a huge number.
         self.is_image = len(config.input_shape) > 1
         statistics = 1 if self.is_image else config.input_shape[0]
         self.register_buffer("mean", torch.zeros(statistics))
         self.register_buffer("std", torch.ones(statistics))
-        # No site where nothing is dropped, so that the bundle has none either.
+        # With input_p = 0 there is no site, and none in the bundle.
         self.input_dropout = (
             CustomDropout(config.input_p, config.scaling) if config.input_p else nn.Identity()
         )
@@ -75,7 +74,7 @@ class Model(nn.Module):
         self.network = build_network(replace(config, outputs=width))
 
     def learn_input_scale(self, x: Tensor) -> None:
-        """Standardise from now on with the mean and standard deviation of ``x [B, ...]``."""
+        """Set the mean and standard deviation for standardisation to those of ``x [B, ...]``."""
         columns = x.reshape(-1, 1) if self.is_image else x
         std = columns.std(0, correction=0)
         self.mean.copy_(columns.mean(0))
@@ -84,7 +83,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def fold_target_scale(self, mean: Tensor, std: Tensor) -> None:
-        """Make a network that was trained on ``(y - mean) / std`` answer ``y``, ``[C]`` each."""
+        """Make a network that was trained on ``(y - mean) / std`` output ``y``; ``[C]`` each."""
         output, targets = self.network.output, len(mean)
         output.weight[:targets].mul_(std[:, None])
         output.bias[:targets].mul_(std).add_(mean)
@@ -93,7 +92,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def fold_temperature(self, temperature: float) -> None:
-        """Make a network that answers logits z answer ``z / temperature``."""
+        """Divide the logits by ``temperature``."""
         output = self.network.output
         output.weight.div_(temperature)
         output.bias.div_(temperature)
@@ -108,7 +107,7 @@ class Model(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Fully connected layers, ReLU and dropout after each but the last."""
+    """Fully connected layers, with ReLU and dropout after each but the last."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -199,12 +198,12 @@ class Residual(nn.Module):
 
 
 def build_network(config: NetworkConfig) -> Mlp | ConvNet | Residual:
-    """Build the network ``config`` describes, with fresh weights from torch's global generator.
+    """Build the network of ``config``, with new weights from torch's global generator.
 
     Raises
     ------
     ValueError
-        If ``convnet`` is asked for and the rows are no images.
+        If the network is ``convnet`` and the rows are no images.
     """
     networks: dict[NetworkName, type[Mlp | ConvNet | Residual]] = {
         "mlp": Mlp,

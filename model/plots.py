@@ -1,4 +1,4 @@
-"""The page of plots that training and evaluation leave for a person."""
+"""The page of plots that ``train`` and ``evaluate`` write."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from dropserve.model.report import EVAL_MODE, INTERVAL, MOST, Predictions, Report
 
 COLUMNS = 3
-# Ways to answer that a plot of curves has room for.
-SHOWN = (EVAL_MODE, "10 passes", MOST, "100 stratified")
+# Methods that a plot of curves has room for.
+SHOWN = (EVAL_MODE, "10 passes", MOST, "100 hypercube")
 METRICS = {
     "classification": ("nll", "brier", "ece"),
     "regression": ("rmse", "log_likelihood"),
@@ -23,7 +23,7 @@ METRICS = {
 def write_page(
     found: Report, path: Path, losses: Sequence[tuple[float, float]] | None = None
 ) -> None:
-    """Draw what a report holds, and the ``losses`` of each epoch where there are some."""
+    """Draw a report, and the training and validation loss of each epoch if given, to ``path``."""
     panels: list[Callable[[Axes], None]] = []
     if losses is not None:
         panels.append(partial(draw_losses, losses=losses))
@@ -52,7 +52,7 @@ def draw_losses(axes: Axes, losses: Sequence[tuple[float, float]]) -> None:
     training, validation = zip(*losses, strict=True)
     axes.plot(epochs, training, label="training (dropout on)")
     axes.plot(epochs, validation, label="validation (eval mode)")
-    # A likelihood of values may make it negative.
+    # The loss of a regression with noise may be negative.
     scale = "log" if min(training + validation) > 0 else "linear"
     axes.set(title="Loss", xlabel="epoch", ylabel="loss", yscale=scale)
     axes.legend()
@@ -61,9 +61,9 @@ def draw_losses(axes: Axes, losses: Sequence[tuple[float, float]]) -> None:
 def draw_calibration(axes: Axes, found: Report) -> None:
     """Draw accuracy against confidence, or the coverage of intervals against their level."""
     classes = found.task == "classification"
-    for way in SHOWN:
-        curve = found.answers[way].calibration
-        axes.plot(curve.x, curve.y, marker="." if classes else None, label=way)
+    for method in SHOWN:
+        curve = found.answers[method].calibration
+        axes.plot(curve.x, curve.y, marker="." if classes else None, label=method)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfect")
     if classes:
         axes.set(title="Reliability", xlabel="confidence", ylabel="accuracy")
@@ -73,20 +73,20 @@ def draw_calibration(axes: Axes, found: Report) -> None:
 
 
 def draw_risk(axes: Axes, found: Report) -> None:
-    """Draw the error of the surest rows against their share."""
-    for way in SHOWN:
-        answer = found.answers[way]
-        axes.plot(answer.risk.x, answer.risk.y, label=f"{way} (area {answer.aurc:.3g})")
+    """Draw the error of the most certain rows against their share."""
+    for method in SHOWN:
+        answer = found.answers[method]
+        axes.plot(answer.risk.x, answer.risk.y, label=f"{method} (area {answer.aurc:.3g})")
     risk = "error rate" if found.task == "classification" else "mean squared error"
-    axes.set(title="Risk against coverage", xlabel="coverage, the surest first", ylabel=risk)
+    axes.set(title="Risk against coverage", xlabel="coverage, most certain first", ylabel=risk)
     axes.legend()
 
 
 def draw_metric(axes: Axes, found: Report, name: str) -> None:
-    """Draw a metric of every way to answer, with its interval."""
+    """Draw a metric of every method, with its interval."""
     estimates = [answer.metrics[name] for answer in found.answers.values()]
     values = np.array([estimate.value for estimate in estimates])
-    # The interval of a biased figure may lie beside it.
+    # The interval of a biased metric need not contain it.
     below = np.maximum([e.value - e.lower for e in estimates], 0.0)
     above = np.maximum([e.upper - e.value for e in estimates], 0.0)
     axes.errorbar(values, range(len(values)), xerr=[below, above], fmt="o", capsize=3)
@@ -96,20 +96,20 @@ def draw_metric(axes: Axes, found: Report, name: str) -> None:
 
 
 def draw_auroc(axes: Axes, found: Report, shift: str) -> None:
-    """Draw how well each uncertainty of every way to answer tells shifted rows."""
-    places = list(found.answers)
+    """Draw how well each uncertainty of every method detects shifted rows."""
+    methods = list(found.answers)
     for name in found.answers[MOST].auroc[shift]:
-        known = [place for place in places if name in found.answers[place].auroc[shift]]
-        y = [found.answers[place].auroc[shift][name] for place in known]
-        axes.plot([places.index(place) for place in known], y, "o-", label=name.replace("_", " "))
-    axes.set_xticks(range(len(places)), places, rotation=30)
+        known = [method for method in methods if name in found.answers[method].auroc[shift]]
+        y = [found.answers[method].auroc[shift][name] for method in known]
+        axes.plot([methods.index(m) for m in known], y, "o-", label=name.replace("_", " "))
+    axes.set_xticks(range(len(methods)), methods, rotation=30)
     axes.axhline(0.5, color="grey", linestyle="--")
     axes.set(title=f"AUROC, {shift} rows", ylim=(min(0.45, axes.get_ylim()[0]), 1.01))
     axes.legend()
 
 
 def draw_predictions(axes: Axes, predictions: Predictions, name: str) -> None:
-    """Draw predicted against true values of the first target, with noise and model intervals."""
+    """Draw predicted against true values of the first target, with prediction intervals."""
     p = predictions
     below = np.maximum(np.subtract(p.mean, p.lower), 0.0)
     above = np.maximum(np.subtract(p.upper, p.mean), 0.0)
@@ -118,7 +118,7 @@ def draw_predictions(axes: Axes, predictions: Predictions, name: str) -> None:
     )
     span = [min(p.true), max(p.true)]
     axes.plot(span, span, color="grey", linestyle="--", label="perfect")
-    # A target's name is no formula, whatever dollar signs it holds.
+    # A dollar sign in a target's name begins no formula.
     axes.set_title(name, parse_math=False)
     axes.set(xlabel="true", ylabel=f"mean of {MOST}")
     axes.legend()

@@ -1,6 +1,7 @@
-"""Eval mode beside 10, 30 and 100 passes, independent and stratified: how good, how sure.
+"""The report on held-out rows: metrics and uncertainties of each prediction method, as tables.
 
-What is measured of the held-out rows, and how it is printed. ``plots`` draws it.
+The methods are eval mode and the mean of 10, 30 and 100 passes, with independent masks and with
+masks from a Latin hypercube. ``plots`` draws the report.
 """
 
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ from dropserve.model.evaluation import Floats
 EVAL_MODE = "eval mode"
 PASSES = (10, 30, evaluation.PASSES)
 MOST = f"{evaluation.PASSES} passes"
-# Shifts triple the work; their AUROCs need no more rows than this.
+# Shifts triple the work, and their AUROCs need no more rows than this.
 SHIFTED_ROWS = 1000
 INTERVAL = 0.9
 LEVELS = np.linspace(0.05, 0.95, 19)
-# For curves and plots of many rows.
+# Maximum number of points of a curve or plot.
 POINTS = 200
 
 
@@ -37,13 +38,13 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is measured of one way to answer.
+class MethodReport:
+    """The measurements of one prediction method.
 
-    ``calibration`` is the reliability diagram, accuracy against confidence in the bins that hold
-    rows (classes), or the coverage of intervals against their level (values). ``risk`` is the error
-    rate (classes) or mean squared error (values) against coverage, the surest rows first, by the
-    maximal probability or the total std; ``aurc`` the area under it (``uncertainties``).
+    ``calibration`` is the reliability diagram (accuracy against confidence in the bins that hold
+    rows) for classes, and the coverage of intervals against their level for values. ``risk`` is the
+    error rate (classes) or mean squared error (values) against coverage, with the most certain rows
+    first, by maximum probability or total std; ``aurc`` is the area under it (``uncertainties``).
     """
 
     metrics: dict[str, Estimate]
@@ -65,21 +66,21 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Report:
-    """What is measured of the held-out rows of a network."""
+    """The measurements of a network on held-out rows."""
 
     data: str
     task: Task
     outputs: tuple[str, ...]
     rows: int
-    answers: dict[str, Answer]  # eval mode first
+    answers: dict[str, MethodReport]  # by method, eval mode first
     # NLL of 100 passes - NLL of eval mode, paired by row; below 0 the passes are better.
     nll_difference: Estimate
     predictions: Predictions | None  # regression only
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What one way to answer says of rows, beside the truth."""
+class Scores:
+    """The outputs of one prediction method, compared with the true classes or values."""
 
     statistics: dict[str, Statistic]
     nll: Floats  # [B]
@@ -90,52 +91,51 @@ class Judged:
 def report(
     model: nn.Module, part: Dataset, noise_std: Floats | None, eval_noise_std: Floats | None
 ) -> Report:
-    """Measure every way to answer on ``part``.
+    """Measure every prediction method on ``part``.
 
-    For regression ``noise_std [C]`` is the noise around the passes and ``eval_noise_std [C]`` that
-    around eval mode; None where the network answers it itself.
+    For a regression, ``noise_std [C]`` is the noise around the passes and ``eval_noise_std [C]``
+    that around eval mode; None for a classification, or if the network outputs its noise.
     """
     classes = part.task == "classification"
-    judged: dict[str, Judged] = {}
-    clean: dict[str, dict[str, Floats]] = {}  # by way and uncertainty: [B]
+    scores: dict[str, Scores] = {}
+    clean: dict[str, dict[str, Floats]] = {}  # by method and uncertainty: [B]
     predictions = None
-    for way, outputs in ways(model, part.x):
-        noise = eval_noise_std if way == EVAL_MODE else noise_std
+    for method, outputs in outputs_by_method(model, part.x):
+        noise = eval_noise_std if method == EVAL_MODE else noise_std
         if classes:
             probabilities = softmax(outputs, axis=-1)
-            judged[way] = judge_classes(probabilities.mean(axis=0), part.y.astype(np.int64))
+            scores[method] = score_classes(probabilities.mean(axis=0), part.y.astype(np.int64))
         else:
             samples, std = evaluation.values_and_noise(outputs, part, noise)
-            judged[way] = judge_values(samples, part.y.astype(np.float64), std)
-            if way == MOST:
-                predictions = predict(samples, part.y.astype(np.float64), std)
-        clean[way] = doubts(outputs, part, noise)
-    auroc: dict[str, dict[str, dict[str, float]]] = {way: {} for way in judged}
+            scores[method] = score_values(samples, part.y.astype(np.float64), std)
+            if method == MOST:
+                predictions = predictions_of(samples, part.y.astype(np.float64), std)
+        clean[method] = row_uncertainties(outputs, part, noise)
+    auroc: dict[str, dict[str, dict[str, float]]] = {method: {} for method in scores}
     for shift, x in shifts.shifted(part.x[:SHIFTED_ROWS]).items():
-        for way, outputs in ways(model, x):
-            shifted = doubts(outputs, part, eval_noise_std if way == EVAL_MODE else noise_std)
-            auroc[way][shift] = {
-                name: uncertainties.auroc(clean[way][name], doubt)
-                for name, doubt in shifted.items()
+        for method, outputs in outputs_by_method(model, x):
+            noise = eval_noise_std if method == EVAL_MODE else noise_std
+            auroc[method][shift] = {
+                name: uncertainties.auroc(clean[method][name], shifted)
+                for name, shifted in row_uncertainties(outputs, part, noise).items()
             }
     statistics = {
-        (way, name): statistic
-        for way, found in judged.items()
+        (method, name): statistic
+        for method, found in scores.items()
         for name, statistic in found.statistics.items()
     }
-    difference = bootstrap.mean_of(judged[MOST].nll - judged[EVAL_MODE].nll)
+    difference = bootstrap.mean_of(scores[MOST].nll - scores[EVAL_MODE].nll)
     estimates = bootstrap.estimate(statistics | {("", "nll difference"): difference}, len(part))
     answers = {}
-    for way, found in judged.items():
-        # Both end on what a service would order by: the confidence, or the total std.
-        doubt = clean[way]["max_probability" if classes else "total_std"]
-        risk = uncertainties.risk_coverage(found.loss, doubt)
-        answers[way] = Answer(
-            metrics={name: estimates[way, name] for name in found.statistics},
+    for method, found in scores.items():
+        uncertainty = clean[method]["max_probability" if classes else "total_std"]
+        risk = uncertainties.risk_coverage(found.loss, uncertainty)
+        answers[method] = MethodReport(
+            metrics={name: estimates[method, name] for name in found.statistics},
             calibration=found.calibration,
             risk=thinned(risk),
             aurc=float(risk.mean()),
-            auroc=auroc[way],
+            auroc=auroc[method],
         )
     return Report(
         data=part.name,
@@ -148,11 +148,11 @@ def report(
     )
 
 
-def ways(model: nn.Module, rows: NDArray[np.float32]) -> Iterator[tuple[str, Floats]]:
-    """Yield each way to answer with its outputs ``[T, B, C]``; eval mode is one pass.
+def outputs_by_method(model: nn.Module, rows: NDArray[np.float32]) -> Iterator[tuple[str, Floats]]:
+    """Yield each prediction method with its outputs ``[T, B, C]``; eval mode is one pass.
 
-    Of independent passes the first 10 and 30 of 100 are taken. Stratified ones only make sense
-    together, so each number of them is run on its own.
+    The 10 and 30 independent passes are the first of the 100. The passes of a Latin hypercube only
+    make sense together, so each number of them is run separately.
     """
     x = torch.from_numpy(rows)
     yield EVAL_MODE, evaluation.eval_outputs(model, x)[None]
@@ -160,20 +160,22 @@ def ways(model: nn.Module, rows: NDArray[np.float32]) -> Iterator[tuple[str, Flo
     for passes in PASSES:
         yield f"{passes} passes", samples[:passes]
     for passes in PASSES:
-        yield f"{passes} stratified", evaluation.mc_outputs(model, x, passes, 0, "stratified")
+        yield f"{passes} hypercube", evaluation.mc_outputs(model, x, passes, 0, "hypercube")
 
 
-def doubts(outputs: Floats, part: Dataset, noise_std: Floats | None) -> dict[str, Floats]:
-    """Return the uncertainties ``[B]`` of logits or values ``[T, B, C]``."""
+def row_uncertainties(
+    outputs: Floats, part: Dataset, noise_std: Floats | None
+) -> dict[str, Floats]:
+    """Return the uncertainties ``[B]``, by name, of logits or values ``[T, B, C]``."""
     if part.task == "classification":
         return uncertainties.of_classes(softmax(outputs, axis=-1))
     return uncertainties.of_values(*evaluation.values_and_noise(outputs, part, noise_std))
 
 
-def judge_classes(probabilities: Floats, y: NDArray[np.int64]) -> Judged:
-    """Hold ``probabilities [B, C]`` against the true classes."""
+def score_classes(probabilities: Floats, y: NDArray[np.int64]) -> Scores:
+    """Compare ``probabilities [B, C]`` with the true classes ``y [B]``."""
     confidence, accuracy, _ = evaluation.reliability(probabilities, y)
-    return Judged(
+    return Scores(
         statistics=evaluation.classification_statistics(probabilities, y),
         nll=evaluation.class_nll(probabilities, y),
         calibration=Curve(tuple(confidence.tolist()), tuple(accuracy.tolist())),
@@ -181,24 +183,24 @@ def judge_classes(probabilities: Floats, y: NDArray[np.int64]) -> Judged:
     )
 
 
-def judge_values(samples: Floats, y: Floats, noise_std: Floats) -> Judged:
-    """Hold passes ``[T, B, C]`` against the true values ``[B, C]``."""
+def score_values(samples: Floats, y: Floats, noise_std: Floats) -> Scores:
+    """Compare passes ``samples [T, B, C]`` with the true values ``y [B, C]``."""
     level = evaluation.central_level(samples, y, noise_std)
     covered = [float((level <= expected).mean()) for expected in LEVELS]
-    held = bootstrap.mean_of((level <= INTERVAL).mean(axis=1))
-    return Judged(
+    coverage = bootstrap.mean_of((level <= INTERVAL).mean(axis=1))
+    return Scores(
         statistics=evaluation.regression_statistics(samples, y, noise_std)
-        | {f"coverage_{INTERVAL * 100:.0f}": held},
+        | {f"coverage_{INTERVAL * 100:.0f}": coverage},
         nll=-evaluation.log_likelihood(samples, y, noise_std).sum(axis=1),
         calibration=Curve(tuple(LEVELS.tolist()), tuple(covered)),
         loss=((samples.mean(axis=0) - y) ** 2).mean(axis=1),
     )
 
 
-def predict(samples: Floats, y: Floats, noise_std: Floats) -> Predictions:
-    """Return mean and interval of the first target for some rows of ``samples [T, B, C]``."""
+def predictions_of(samples: Floats, y: Floats, noise_std: Floats) -> Predictions:
+    """Return the predictions of the first target for ``POINTS`` rows of ``samples [T, B, C]``."""
     passes, true = samples[:, :POINTS, 0], y[:POINTS, 0]
-    # The predictive mixture: a pass plus observation noise, here drawn with a fixed seed.
+    # Draws from the predictive mixture: a pass plus observation noise, with a fixed seed.
     std = np.broadcast_to(noise_std, samples.shape)[:, :POINTS, 0]
     noise = np.random.default_rng(0).normal(0.0, std)
     tails = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
@@ -208,12 +210,12 @@ def predict(samples: Floats, y: Floats, noise_std: Floats) -> Predictions:
 
 
 def thinned(risk: Floats) -> Curve:
-    """Return the risk against coverage at no more than ``POINTS`` coverages, 1 the last."""
+    """Return the curve of risk ``[B]`` against coverage, at most ``POINTS`` points, 1 the last."""
     covered = np.unique(np.linspace(1, len(risk), min(len(risk), POINTS)).round().astype(np.int64))
     return Curve(tuple((covered / len(risk)).tolist()), tuple(risk[covered - 1].tolist()))
 
 
-def lines(found: Report) -> Iterator[str]:
+def table_lines(found: Report) -> Iterator[str]:
     """Yield the lines of the tables that the command line prints."""
     first = found.answers[EVAL_MODE]
     yield (
@@ -221,12 +223,12 @@ def lines(found: Report) -> Iterator[str]:
         + "".join(f"{name:<25}" for name in first.metrics)
         + "aurc"
     )
-    for way, answer in found.answers.items():
-        cells = "".join(f"{described(estimate):<25}" for estimate in answer.metrics.values())
-        yield f"{way:<16}{cells}{answer.aurc:.3g}"
+    for method, answer in found.answers.items():
+        cells = "".join(f"{with_interval(estimate):<25}" for estimate in answer.metrics.values())
+        yield f"{method:<16}{cells}{answer.aurc:.3g}"
     yield verdict(found)
     yield ""
-    yield f"{'AUROC of shifted rows':<34}{'eval':>6}{'passes':^21}{'stratified':^21}".rstrip()
+    yield f"{'AUROC of shifted rows':<34}{'eval':>6}{'passes':^21}{'hypercube':^21}".rstrip()
     numbers = "".join(f"{passes:>7}" for passes in PASSES)
     yield f"{'':<34}{'mode':>6}{numbers}{numbers}"
     for shift, names in found.answers[MOST].auroc.items():
@@ -238,13 +240,13 @@ def lines(found: Report) -> Iterator[str]:
             yield f"{shift:<12}{name:<21}{cells}"
 
 
-def described(estimate: Estimate) -> str:
-    """Write a figure with its interval."""
+def with_interval(estimate: Estimate) -> str:
+    """Format a metric with its interval."""
     return f"{estimate.value:.3g} [{estimate.lower:.3g}, {estimate.upper:.3g}]"
 
 
 def verdict(found: Report) -> str:
-    """Say whether passes are better than eval mode."""
+    """Return a line that says whether the passes are better than eval mode."""
     d = found.nll_difference
     if d.upper < 0 or d.lower > 0:
         said = f"the passes are {'better' if d.upper < 0 else 'worse'}"

@@ -1,7 +1,7 @@
-"""Rows that are not what the network was trained on, made from rows that are.
+"""Distribution shifts: rows unlike those that the network was trained on, made from held-out rows.
 
-Whoever is asked about them should be less sure. Each shift keeps the features' ranges or scales, so
-that no single number gives it away.
+A network should be less certain of them. Most shifts keep the ranges or scales of the features, so
+that no single value gives them away.
 """
 
 import numpy as np
@@ -17,17 +17,17 @@ STRETCH = 3
 def shifted(x: Rows, seed: int = 0) -> dict[str, Rows]:
     """Return shifted copies of ``x [B, ...]`` by name.
 
-    Images (more than one axis a row):
+    Images (rows with more than one axis):
 
-    - ``rotated``: by 45 degrees, bilinear, the corners filled with the least value.
-    - ``noisy``: plus normal noise of the pixels' standard deviation, cut off at their range.
-    - ``inverted``: low + high - x, foreign: the same range, and no image that was trained on.
+    - ``rotated``: by 45 degrees, bilinear, corners filled with the smallest value.
+    - ``noisy``: plus normal noise of the pixels' standard deviation, clipped to their range.
+    - ``inverted``: low + high - x, which keeps the range.
 
     Tables:
 
     - ``noisy``: plus normal noise of each feature's standard deviation.
-    - ``shuffled``: each feature from a row of its own, foreign: all as usual but their relations.
-    - ``stretched``: three times as far from the mean, outside of what was trained on.
+    - ``shuffled``: each feature permuted over the rows, which breaks only their relations.
+    - ``stretched``: three times as far from the mean, outside the training data.
     """
     rng = np.random.default_rng(seed)
     exact = x.astype(np.float64)

@@ -1,4 +1,7 @@
-"""Fit a network to the training part, stop early on the validation part, report on the test part.
+"""Train a network with early stopping, fit its noise or temperature, and measure it.
+
+Weights come from the training split; early stopping, noise and temperature from the validation
+split; metrics from the test split.
 
 References
 ----------
@@ -28,31 +31,31 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and in what steps to train."""
+    """The options of training."""
 
     epochs: int = 100
     batch_size: int = 64
     seed: int = 0
-    # Chosen with the number of epochs on the validation parts of six splits of digits.
+    # Chosen, with the number of epochs, on the validation data of six splits of digits.
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
-    schedule: Schedule = "cosine"  # of the learning rate: to 0 over the epochs, or none
-    # Epochs without a better validation loss before training stops and takes the best weights
-    # back; None: all epochs are trained and the last weights kept.
+    schedule: Schedule = "cosine"  # of the learning rate; cosine: falls to 0 over the epochs
+    # Epochs without a better validation loss before training stops and restores the best weights.
+    # None: train all epochs and keep the last weights.
     patience: int | None = 25
     calibrate: bool = False  # classification only
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network and what was seen on the way."""
+    """A trained network and the measurements of its training."""
 
     model: Model
-    metrics: dict[str, dict[str, float]]  # of the test part, by mode: "eval" and "mc"
-    # [C], of the targets around the passes; regression of constant noise only
+    metrics: dict[str, dict[str, float]]  # on the test split, by mode: "eval" and "mc"
+    # [C], std of the targets around the passes; only for a regression with constant noise
     noise_std: tuple[float, ...] | None
-    eval_noise_std: tuple[float, ...] | None  # [C], around eval mode
-    temperature: float | None  # that the logits were divided by; where they were calibrated only
+    eval_noise_std: tuple[float, ...] | None  # [C], as noise_std, around eval mode
+    temperature: float | None  # divides the logits; None if not calibrated
     losses: tuple[tuple[float, float], ...]  # training and validation loss of each epoch
 
 
@@ -62,8 +65,8 @@ def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress:
     Raises
     ------
     ValueError
-        If the network does not fit the data, the loss stops being a number, a regression is to be
-        calibrated, or classes are to have noise.
+        If the network does not fit the data, the loss becomes NaN or infinite, or an option does
+        not suit the task (``calibrate`` a regression, noise ``input`` a classification).
     """
     if how.calibrate and parts.train.task == "regression":
         raise ValueError("a temperature calibrates class probabilities; this is a regression")
@@ -94,7 +97,7 @@ def train(config: NetworkConfig, parts: Split, how: TrainingConfig, *, progress:
 
 
 def target_scale(part: Dataset) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return mean and standard deviation ``[C]`` of the targets, or nothing for classes."""
+    """Return mean and standard deviation ``[C]`` of the targets; None, None for classes."""
     if part.task == "classification":
         return None, None
     y = torch.from_numpy(part.y)
@@ -111,7 +114,11 @@ def fit(
     *,
     progress: bool,
 ) -> list[tuple[float, float]]:
-    """Run the epochs, leave ``model`` with the weights to keep, return the loss curves."""
+    """Run the epochs and return the training and validation loss of each.
+
+    ``mean`` and ``std``, ``[C]``, standardise the targets of a regression; both are None for
+    classes. ``model`` ends in eval mode with the weights to keep.
+    """
 
     def tensors(part: Dataset) -> tuple[Tensor, Tensor]:
         y = torch.from_numpy(part.y)
@@ -166,7 +173,7 @@ def fit(
 
 @torch.no_grad()
 def eval_loss(model: nn.Module, loss_of: Loss, x: Tensor, y: Tensor) -> float:
-    """Return the mean loss of eval mode."""
+    """Return the mean loss of eval mode on ``x [B, ...]``."""
     model.eval()
     total = 0.0
     for rows in torch.split(torch.arange(len(x)), evaluation.ROW_PASSES_AT_ONCE):
@@ -175,19 +182,20 @@ def eval_loss(model: nn.Module, loss_of: Loss, x: Tensor, y: Tensor) -> float:
 
 
 def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood of ``y [B, C]``, but for a constant.
+    """Return the mean negative log-likelihood of ``y [B, C]``, up to a constant.
 
-    Of ``outputs [B, 2C]``, values and the logarithms of their noise's standard deviations: Nix and
-    Weigend (1994), eq. 4; Kendall and Gal (2017), eq. 5.
+    ``outputs [B, 2C]`` are values, then the logarithms of their noise's standard deviations: Nix
+    and Weigend (1994), eq. 4; Kendall and Gal (2017), eq. 5.
     """
     return gaussian_nlls(outputs, y).mean()
 
 
 def attenuated_loss(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return that likelihood with each value's part weighed by its noise's standard deviation.
+    """Return ``gaussian_nll`` with the term of each value weighted by its noise's std.
 
-    So the values of noisy rows are still learned: Seitzer et al. (2022), On the Pitfalls of
-    Heteroscedastic Uncertainty Estimation with Probabilistic Neural Networks, eq. 9, beta = 1/2.
+    The weights make training fit the values of noisy rows too: Seitzer et al. (2022), On the
+    Pitfalls of Heteroscedastic Uncertainty Estimation with Probabilistic Neural Networks, eq. 9,
+    beta = 1/2.
     """
     weight = outputs.chunk(2, dim=1)[1].detach().exp()
     return (weight * gaussian_nlls(outputs, y)).mean()
@@ -202,10 +210,10 @@ def gaussian_nlls(outputs: Tensor, y: Tensor) -> Tensor:
 def observation_noise(
     model: Model, part: Dataset
 ) -> tuple[evaluation.Floats, evaluation.Floats] | tuple[None, None]:
-    """Fit the noise std ``[C]`` around the passes, and around eval mode, on the validation part.
+    """Fit the noise std ``[C]`` around the passes, and that around eval mode, on ``part``.
 
-    Where the network answers the noise itself, the factor is fitted that its answers lack, and
-    folded into the network.
+    If the network predicts the noise itself, fit a correcting factor for each target, fold it into
+    the network, and return None, None; so also for a classification.
     """
     if part.task == "classification":
         return None, None

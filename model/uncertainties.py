@@ -1,7 +1,7 @@
-"""What an answer says of its own doubt, a number a row, and what that number is good for.
+"""Uncertainties, one number per row, and measures of how well they predict errors and shifts.
 
 ``probabilities [T, B, C]`` are those of T passes, ``samples [T, B, C]`` their values; eval mode is
-one pass. The greater a number, the less sure the answer.
+one pass. A larger number means a less certain prediction.
 
 References
 ----------
@@ -28,11 +28,12 @@ def of_classes(probabilities: Floats) -> dict[str, Floats]:
 
     With m the mean over the passes f_t and H[p] = -sum p log p:
 
-    - ``max_probability``: 1 - max m, the confidence's counterpart (Hendrycks and Gimpel 2017).
-    - ``predictive_entropy``: H[m] (Gal 2016, eq. 3.20).
-    - ``expected_entropy``: 1/T sum H[f_t], the data's part.
-    - ``mutual_information``: H[m] - 1/T sum H[f_t], the model's part (Houlsby et al. 2011, eq. 2).
-    - ``variation_ratio``: the share of passes that name another class than the commonest (Gal 2016,
+    - ``max_probability``: 1 - max m, one minus the confidence (Hendrycks and Gimpel 2017).
+    - ``predictive_entropy``: H[m], total uncertainty (Gal 2016, eq. 3.20).
+    - ``expected_entropy``: 1/T sum H[f_t], the aleatoric part.
+    - ``mutual_information``: H[m] - 1/T sum H[f_t], the epistemic part (Houlsby et al. 2011,
+      eq. 2).
+    - ``variation_ratio``: share of passes that do not predict the most frequent class (Gal 2016,
       eq. 3.19).
 
     A single pass has the first two only.
@@ -43,13 +44,13 @@ def of_classes(probabilities: Floats) -> dict[str, Floats]:
     found = {"max_probability": 1.0 - mean.max(axis=1), "predictive_entropy": predictive}
     if passes == 1:
         return found
-    # Rounding can put a mean of equal entropies a hair above the entropy of their mean.
+    # Rounding can put the mean of equal entropies slightly above the entropy of their mean.
     expected = np.minimum(entr(probabilities).sum(axis=2).mean(axis=0), predictive)
-    named = probabilities.argmax(axis=2)[..., None] == np.arange(classes)  # [T, B, C]
+    votes = probabilities.argmax(axis=2)[..., None] == np.arange(classes)  # [T, B, C]
     return found | {
         "expected_entropy": expected,
         "mutual_information": predictive - expected,
-        "variation_ratio": 1.0 - named.mean(axis=0).max(axis=1),
+        "variation_ratio": 1.0 - votes.mean(axis=0).max(axis=1),
     }
 
 
@@ -57,11 +58,11 @@ def of_values(samples: Floats, noise_std: Floats) -> dict[str, Floats]:
     """Return the uncertainties ``[B]`` of values ``[T, B, C]`` in the target's unit.
 
     - ``epistemic_std``: s, the standard deviation of the passes (Gal and Ghahramani 2016, eq. 7).
-    - ``total_std``: sqrt(s^2 + mean square of the noise), whose standard deviation ``noise_std`` is
-      ``[C]`` or ``[T, B, C]`` (Kendall and Gal 2017, eq. 9).
+    - ``total_std``: sqrt(s^2 + mean of ``noise_std``^2), where ``noise_std``, ``[C]`` or
+      ``[T, B, C]``, is that of the observation noise (Kendall and Gal 2017, eq. 9).
 
-    Of several targets it is the root of the mean square. Of a single pass there is only the
-    second, and a noise that is the same for all rows tells no row from another.
+    For several targets each is the root mean square over them. A single pass has ``total_std``
+    only, which a constant noise makes equal for all rows.
     """
     total = np.broadcast_to(np.square(noise_std), samples.shape).mean(axis=0)
     if len(samples) == 1:
@@ -74,11 +75,11 @@ def of_values(samples: Floats, noise_std: Floats) -> dict[str, Floats]:
 
 
 def risk_coverage(loss: Floats, uncertainty: Floats) -> Floats:
-    """Return the mean loss ``[B]`` of the 1, 2, ..., B rows of least ``uncertainty [B]``.
+    """Return the mean ``loss`` ``[B]`` of the 1, 2, ..., B rows with the least ``uncertainty [B]``.
 
-    Geifman and El-Yaniv (2017): the risk at the coverages 1/B, 2/B, ..., 1. Rows that are equally
-    uncertain come in any order: each counts with the mean loss of them all, which is what a random
-    order expects. The mean of the result is the area under the curve, AURC (Geifman et al. 2019).
+    This is the risk at the coverages 1/B, 2/B, ..., 1 (Geifman and El-Yaniv 2017). Each of several
+    equally uncertain rows counts with their mean loss, the expectation over a random order. The
+    mean of the result is the area under the curve, AURC (Geifman et al. 2019).
     """
     levels, level = np.unique(uncertainty, return_inverse=True)
     rows = np.bincount(level, minlength=len(levels))
@@ -88,10 +89,10 @@ def risk_coverage(loss: Floats, uncertainty: Floats) -> Floats:
 
 
 def auroc(clean: Floats, shifted: Floats) -> float:
-    """Return how well an uncertainty tells shifted rows from clean ones.
+    """Return the area under the ROC curve of an uncertainty as a detector of shifted rows.
 
-    The area under the ROC curve: the chance that a shifted row is more uncertain than a clean one,
-    ties counted half (Hendrycks and Gimpel 2017). 0.5 tells nothing.
+    It is the probability that a shifted row is more uncertain than a clean one, ties counted half
+    (Hendrycks and Gimpel 2017); 0.5 is chance. ``clean`` and ``shifted`` are uncertainties ``[B]``.
     """
     labels = np.repeat([0, 1], [len(clean), len(shifted)])
     return float(roc_auc_score(labels, np.concatenate([clean, shifted])))

@@ -1,4 +1,4 @@
-"""Bundles that tests make: of data of their own, or of those that are built: changed, broken."""
+"""Bundles for tests: trained on small data sets, or changed and broken copies of others."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from dropserve.model.training import TrainingConfig
 def train_and_export(
     dataset: Dataset, network: NetworkConfig, how: TrainingConfig, folder: Path, name: str
 ) -> None:
-    """Train a network into ``folder/runs``, and export it into ``folder/models``."""
+    """Train a network into ``folder/runs`` and export it into ``folder/models``."""
     parts = datasets.split(dataset, how.seed)
     trained = training.train(network, parts, how, progress=False)
     run = folder / "runs" / name
     run.mkdir(parents=True)
-    checkpoint.save(checkpoint.of(trained, network, parts, how.seed), run)
+    checkpoint.save(checkpoint.from_training(trained, network, parts, how.seed), run)
     export(run, folder / "models", name)
 
 
 def rewrite(place: Path, **change: object) -> None:
-    """Write a manifest that is true of the files beside it, with something changed."""
+    """Change fields of a manifest; without any, update its SHA-256 of the files beside it."""
     path = place / "manifest.json"
     manifest = json.loads(path.read_text())
     sums = {
@@ -38,9 +38,9 @@ def rewrite(place: Path, **change: object) -> None:
 
 
 def publish(source: Path, place: Path, **change: object) -> None:
-    """Copy a bundle to ``models/NAME/VERSION``, whole or not at all as an export does.
+    """Copy a bundle to ``place``, a ``models/NAME/VERSION``, and change fields of its manifest.
 
-    What is there already is replaced.
+    The copy appears whole or not at all, as by an export. An older version there is replaced.
     """
     staging = place.parents[1] / f".staging-{place.parent.name}-{place.name}"
     shutil.copytree(source, staging)
@@ -71,7 +71,7 @@ def spoil_the_examples(place: Path) -> None:
     rewrite(place)
 
 
-# Ways to break a bundle, and what is said of it then.
+# Ways to break a bundle, and the error that follows.
 BROKEN: dict[Callable[[Path], None], str] = {
     change_a_file: "stochastic.onnx has changed: its SHA-256 is ",
     cut_the_manifest: "manifest.json is no JSON object with a schema_version",

@@ -1,4 +1,4 @@
-"""Networks so small that every mask can be tried: what passes tell of them is known exactly."""
+"""Networks so small that enumerating all masks gives the exact distribution of a pass."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -18,7 +18,7 @@ from tests.model import toys
 
 Floats = NDArray[np.float64]
 
-# Units of the sites, 14 at most: 2^14 masks.
+# Units of each site, 14 at most in total: 2^14 masks.
 HIDDEN = {"one": (12,), "two": (7, 7)}
 P = 0.3
 ROWS = 3
@@ -30,16 +30,16 @@ NAMES = [
 
 @dataclass(frozen=True)
 class Exact:
-    """A network's rows, and what each mask makes of them.
+    """Rows of a network and its outputs with each of M masks.
 
     Parameters
     ----------
     x
-        ``[B, D]``.
+        Rows ``[B, D]``.
     weights
-        Of the masks, ``[M]``: how probable each is.
+        Probability of each mask, ``[M]``.
     outputs
-        Class probabilities or values of each mask, ``[M, B, C]``.
+        Class probabilities or values with each mask, ``[M, B, C]``.
     """
 
     x: NDArray[np.float32]
@@ -48,22 +48,22 @@ class Exact:
 
     @property
     def mean(self) -> Floats:
-        """Of a pass, ``[B, C]``."""
+        """Mean of a pass, ``[B, C]``."""
         return self.average(self.outputs)
 
     @property
     def variance(self) -> Floats:
-        """Of a pass, ``[B, C]``."""
+        """Variance of a pass, ``[B, C]``."""
         return self.average((self.outputs - self.mean) ** 2)
 
     def average(self, values: Floats) -> Floats:
-        """Average over the masks."""
+        """Return the expectation of ``values [M, ...]`` over the masks."""
         average: Floats = np.tensordot(self.weights, values, 1)
         return average
 
 
 def train(name: str, folder: Path) -> None:
-    """Train a network and export it into ``folder/models``."""
+    """Train the network ``name`` and export it into ``folder/models``."""
     task, sites, scaling = name.split("-")
     dataset = toys.two_classes() if task == "classes" else toys.two_targets()
     assert scaling in SCALINGS
@@ -72,7 +72,7 @@ def train(name: str, folder: Path) -> None:
 
 
 def exact(name: str, folder: Path, manifest: Manifest) -> Exact:
-    """Try every mask of a network that was trained into ``folder``, in torch."""
+    """Run a network that was trained into ``folder`` with every mask, in torch."""
     trained = checkpoint.load(folder / "runs" / name)
     x = trained.holdout.x[:ROWS]
     units = [site.mask_shape[0] for site in manifest.sites]

@@ -86,7 +86,7 @@ def read_manifest(place: Path) -> bundle.Manifest:
         If it is damaged, of a newer schema, or outside the models folder.
     """
     check_inside(place)
-    return bundle.read(place)
+    return bundle.read_manifest(place)
 
 
 def check_inside(place: Path) -> None:

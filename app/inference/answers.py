@@ -6,9 +6,10 @@ import numpy as np
 
 from dropserve.app.inference.batch import Prediction
 from dropserve.app.inference.query import Query
-from dropserve.app.uncertainty import conformal, statistics, summary
+from dropserve.app.uncertainty import conformal, summary
 from dropserve.app.uncertainty.statistics import Samples, Spreads
 from dropserve.app.uncertainty.summary import Summary
+from dropserve.expectation import expectation_gap
 from dropserve.export.bundle import Manifest
 
 Answer = dict[str, object]
@@ -107,7 +108,8 @@ def passes(
     """
     gap = None
     if len(samples) > 1:
-        gap = statistics.expectation_gap(found.moments, deterministic.outputs)
+        moments = found.moments
+        gap = expectation_gap(moments.mean, moments.standard_error, deterministic.outputs)
     return {
         "samples": np.ascontiguousarray(summary.values(manifest, samples)),
         "deterministic": deterministic.outputs,

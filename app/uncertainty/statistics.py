@@ -24,16 +24,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dropserve.expectation import TINY
+
 Samples = NDArray[np.float32]
 Floats = NDArray[np.float64]
 # Computed as float64; float32 after ``join``.
 Statistic = NDArray[np.float32] | NDArray[np.float64]
 
-# A standard error below what another order of additions changes says nothing.
-ROUNDING = 1e-5
 EPSILON = float(np.finfo(np.float32).eps)
-# Lower bound for divisors and arguments of the logarithm: the smallest normal float32.
-TINY = float(np.finfo(np.float32).tiny)
 # The search for the quantile of a mixture ends with a step below so many standard deviations of the
 # noise; the next Newton step would be about its square. Bisection takes fewer than 60 steps even if
 # passes are 2^50 standard deviations apart.
@@ -309,17 +307,6 @@ def entropy(probabilities: Floats) -> Floats:
     terms *= probabilities
     # Subtracting from 0 avoids -0.
     return 0.0 - np.asarray(np.add.reduce(terms, -1))
-
-
-def expectation_gap(m: Moments, deterministic: Samples) -> Floats:
-    """Return ``(mean of the passes - eval mode) / standard error of the mean``, ``[B, C]``.
-
-    About 1 in size where the passes scatter around eval mode; of a single pass not known: NaN.
-    The standard error is taken as at least 1e-5 of the output, where rounding begins.
-    """
-    floor = np.maximum(ROUNDING * np.abs(deterministic), TINY)
-    gap: Floats = (m.mean - deterministic) / np.maximum(m.standard_error, floor)
-    return gap
 
 
 def take(group: Group, rows: slice) -> Group:

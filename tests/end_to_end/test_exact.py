@@ -49,7 +49,7 @@ def answer(client: httpx.Client, name: str, known: Exact, **body: object) -> Any
 
 @cache
 def exact(tiny: Path, name: str) -> tuple[Exact, bundle.Manifest]:
-    manifest = bundle.read(tiny / "models" / name / "1")
+    manifest = bundle.read_manifest(tiny / "models" / name / "1")
     return enumerated.exact(name, tiny, manifest), manifest
 
 

@@ -1,4 +1,4 @@
-"""Bundles are written whole or not at all, and read only as they were written."""
+"""Bundles are written whole or not at all, and changed files are refused."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def publish(models: Path, name: str = "coins") -> Path:
 def test_a_published_bundle_reads_back_as_it_was_written(tmp_path: Path) -> None:
     place = publish(tmp_path / "new" / "models")
     assert place == tmp_path / "new" / "models" / "coins" / "1"
-    read = bundle.read(place)
+    read = bundle.read_manifest(place)
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in FILES.items()}
     assert read == manifest("coins", 1, sums)
     for file, content in FILES.items():
@@ -91,7 +91,7 @@ def test_a_version_that_somebody_else_publishes_meanwhile_is_left_alone(tmp_path
         return manifest("coins", version, sums)
 
     assert bundle.publish(tmp_path, "coins", FILES, late).name == "2"
-    assert [bundle.read(tmp_path / "coins" / v).version for v in ("1", "2")] == [1, 2]
+    assert [bundle.read_manifest(tmp_path / "coins" / v).version for v in ("1", "2")] == [1, 2]
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from export import bundle
+from dropserve.export import bundle
 files = {name: b"x" for name in bundle.FILES}
 bundle.publish(Path(sys.argv[1]), "coins", files, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 """
@@ -121,7 +121,7 @@ def test_an_export_that_is_killed_leaves_no_version(tmp_path: Path) -> None:
     assert publish(tmp_path).name == "1"
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match=r"^cannot write to .*/file: it is no folder$"):
         publish(tmp_path / "file")
@@ -144,7 +144,7 @@ def test_the_suffix_of_uncertainty_models_is_reserved(tmp_path: Path) -> None:
 def test_a_file_with_one_bit_changed_is_refused(byte: int, bit: int, file: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = publish(Path(folder))
-        read = bundle.read(place)
+        read = bundle.read_manifest(place)
         content = bytearray(FILES[file])
         byte %= len(content)
         content[byte] ^= 1 << bit
@@ -155,7 +155,7 @@ def test_a_file_with_one_bit_changed_is_refused(byte: int, bit: int, file: str) 
 
 def read_all(place: Path) -> None:
     """Read a bundle as the service does."""
-    read = bundle.read(place)
+    read = bundle.read_manifest(place)
     for file in bundle.FILES:
         bundle.read_file(place, read, file)
 
@@ -174,10 +174,12 @@ def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path, file: str) -> None
 
 
 @every_file
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, file: str) -> None:
+def test_a_pipe_or_directory_in_place_of_a_file_is_refused_at_once(
+    tmp_path: Path, file: str
+) -> None:
     place = publish(tmp_path)
     (place / file).unlink()
-    # A named pipe: whoever opens it waits for somebody to write to it.
+    # Opening a named pipe would block until something writes to it.
     os.mkfifo(place / file)
     with pytest.raises(BundleError, match=rf"^{file} is not a regular file$"):
         read_all(place)
@@ -196,11 +198,11 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, file: str) -> None
         read_all(place)
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     place = publish(tmp_path)
     (place / bundle.STOCHASTIC).unlink()
     with pytest.raises(BundleError, match=r"^stochastic.onnx cannot be read: No such file"):
-        bundle.read_file(place, bundle.read(place), bundle.STOCHASTIC)
+        bundle.read_file(place, bundle.read_manifest(place), bundle.STOCHASTIC)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_a_manifest_that_says_something_else_is_refused(
     path = place / bundle.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BundleError, match=says):
-        bundle.read(place)
+        bundle.read_manifest(place)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "null", "[" * 100_000])
@@ -242,10 +244,10 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     place = publish(tmp_path)
     (place / bundle.MANIFEST).write_text(text)
     with pytest.raises(BundleError, match=r"^manifest.json is no JSON object with a schema"):
-        bundle.read(place)
+        bundle.read_manifest(place)
 
 
-def test_what_is_no_version_is_not_listed(tmp_path: Path) -> None:
+def test_names_that_are_no_version_are_not_listed(tmp_path: Path) -> None:
     publish(tmp_path)
     for name in ("0", "01", "x", ".staging-x", "-1", "1.5"):
         (tmp_path / "coins" / name).mkdir()

@@ -1,4 +1,4 @@
-"""``python -m export``: what it prints, and how it fails."""
+"""``python -m export``: its output, and its errors."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.model import toys
 def fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str]:
-    """Run the command, which must fail; return its status and the one line it says."""
+    """Run the command, which must fail; return its status and its one line of error."""
     monkeypatch.setattr("sys.argv", ["export", *arguments])
     try:
         status = main()
@@ -46,7 +46,7 @@ def test_the_export_prints_what_verification_measured(built: Path) -> None:
 
 def test_exporting_a_double_model_says_what_it_costs_and_prints_the_gap(built: Path) -> None:
     log = (built / "double.log").read_text()
-    # Once when it is trained and once when it is exported.
+    # Training warns once and the export once.
     assert log.count("warning: scaling 'double' scales twice") == 2
     (line,) = [line for line in log.splitlines() if line.startswith("expectation gap")]
     assert float(line.split()[2]) > 10
@@ -68,9 +68,7 @@ def test_the_manifest_tells_where_the_bundle_comes_from(built: Path) -> None:
     ]
 
 
-def test_the_manifest_says_what_calibration_divided_the_logits_by(
-    built: Path, tmp_path: Path
-) -> None:
+def test_the_manifest_records_the_temperature_of_calibration(built: Path, tmp_path: Path) -> None:
     def temperature(bundle: Path) -> object:
         return json.loads((bundle / "manifest.json").read_text())["provenance"]["temperature"]
 
@@ -126,7 +124,7 @@ def test_a_models_folder_that_cannot_be_written_is_one_line_and_status_1(
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "--models"], ["--nonsense"]])
-def test_a_call_that_is_no_call_is_one_line_and_status_2(
+def test_wrong_arguments_are_one_line_and_status_2(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, line = fails(monkeypatch, capsys, *arguments)

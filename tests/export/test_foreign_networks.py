@@ -1,4 +1,4 @@
-"""Networks that others wrote: what is exported, and what is refused by name."""
+"""Networks of other authors: some are exported, others refused by name."""
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from tests.export.test_graphs import rows
 
 
 class Foreign(nn.Module):
-    """A network of torch's own layers, one of them used twice, whose reshape asks for its batch."""
+    """A network of torch's own layers, one of them used twice, with a reshape by batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ def verified(model: nn.Module, x: Floats) -> tuple[tuple[Site, ...], Verificatio
     graphs = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
     sites = sites_of(source)
     with torch.no_grad():
-        answers = model(torch.from_numpy(x)).numpy()
-    return sites, verify.verify(TorchReference(model), sites, graphs[0], graphs[1], x, answers)
+        outputs = model(torch.from_numpy(x)).numpy()
+    return sites, verify.verify(TorchReference(model), sites, graphs[0], graphs[1], x, outputs)
 
 
 def test_a_model_of_torchs_own_layers_is_exported_and_a_layer_used_twice_is_two_sites() -> None:
@@ -98,7 +98,7 @@ def test_channel_dropout_of_fewer_axes_is_refused_by_its_site(
 
 
 class InPlace(nn.Module):
-    """What the layer leaves in its input is read again, which no graph can show."""
+    """Reads the input of an in-place layer again, which no graph can represent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_a_layer_that_changes_its_input_in_place_is_caught_where_that_input_is_r
 
 
 class Unused(nn.Module):
-    """Calls a dropout layer and does not use what it gives."""
+    """Calls a dropout layer and ignores its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Unused(nn.Module):
         return out
 
 
-def test_a_dropout_layer_without_a_part_in_the_output_is_named() -> None:
+def test_a_dropout_layer_whose_output_is_not_used_is_named() -> None:
     with pytest.raises(VerificationError, match=r"^dropout site idle has no part in the network's"):
         verified(Unused().eval(), rows(64))
 
@@ -160,7 +160,7 @@ def test_a_site_with_p_0_is_the_identity_in_both_graphs() -> None:
 
 
 class Shared(nn.Module):
-    """Two layers with the same weights, a factor on one only."""
+    """Two layers that share weights, one of them behind a site."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The two graphs of each network and scaling, against torch."""
+"""The two graphs of each network and scaling, compared with torch."""
 
 from functools import cache
 
@@ -22,12 +22,12 @@ P = 0.3
 
 @cache
 def network(name: NetworkName, scaling: Scaling) -> Model:
-    """A network with weights, statistics and input scale that are no defaults."""
+    """A network whose weights, statistics and input scale differ from their defaults."""
     torch.manual_seed(0)
     model = Model(NetworkConfig(name, (8, 8), 10, (32, 32), P, scaling))
     x = torch.from_numpy(rows(256))
     model.learn_input_scale(x)
-    # Batch norm learns statistics, without which it would be the identity.
+    # Train mode updates batch norm's statistics; with the initial ones it is the identity.
     model.train()
     with torch.no_grad():
         for _ in range(5):
@@ -57,9 +57,9 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def with_masks(model: nn.Module, x: Floats, masks: dict[str, NDArray[np.bool_]]) -> Floats:
-    """Torch train mode with given masks: independent of ``export.verify``.
+    """Run torch's train mode with given masks, independently of ``export.verify``.
 
-    ``torch.rand`` is what ``CustomDropout`` draws from, so its draws are put in its place.
+    Replaces ``torch.rand``, from which ``CustomDropout`` draws.
     """
     draws = iter([torch.from_numpy(np.where(mask, 1.0, -1.0)) for mask in masks.values()])
     drawn = torch.rand
@@ -139,7 +139,7 @@ def test_a_factor_that_no_weight_can_take_stays_and_is_reported() -> None:
     assert left == ()
 
 
-def test_what_lies_before_the_first_site_runs_once_per_input_row() -> None:
+def test_nodes_before_the_first_site_run_once_per_input_row() -> None:
     graph = stochastic_graph.build(traced("convnet", "classic"))
     after_gather = False
     for node in graph.graph:

@@ -1,4 +1,4 @@
-"""Graphs in half precision: what stays exact, what is measured, what is refused."""
+"""Graphs in half precision: their errors, the nodes that stay float32, and refusals."""
 
 import json
 from pathlib import Path
@@ -40,9 +40,9 @@ def measured(model: Model, x: NDArray[np.float32] = X) -> bundle.Verification:
         ir.to_proto(half_precision.build(graph)).SerializeToString() for graph in graphs
     )
     with torch.no_grad():
-        answers = model(torch.from_numpy(x)).numpy()
+        outputs = model(torch.from_numpy(x)).numpy()
     reference, sites = TorchReference(model), sites_of(traced)
-    return verify.verify(reference, sites, predict, stochastic, x, answers, half=True)
+    return verify.verify(reference, sites, predict, stochastic, x, outputs, half=True)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "residual"])
@@ -58,16 +58,16 @@ def test_raw_features_may_be_larger_than_float16_reaches() -> None:
     assert measured(network("mlp", x), x).predict_error < 2**-8
 
 
-def test_an_answer_around_2000_is_not_rounded_to_whole_units() -> None:
+def test_an_output_around_2000_is_not_rounded_to_whole_units() -> None:
     model = network("mlp")
     *_, last = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     with torch.no_grad():
         last.bias.fill_(2000)
-        answers = model(torch.from_numpy(X)).numpy()
+        outputs = model(torch.from_numpy(X)).numpy()
     error = measured(model).predict_error
-    # As everywhere; of the answers themselves, half a unit of float16 there would be 2.5e-4.
     assert error < 2**-8
-    spread = np.abs(answers - answers.mean(axis=0)).max()
+    spread = np.abs(outputs - outputs.mean(axis=0)).max()
+    # Rounding to float16 at 2000 would be off by up to half a unit, 2.5e-4 of the value.
     assert error * spread / 2000 < 1e-6
 
 
@@ -92,7 +92,7 @@ def test_weights_that_float16_cannot_hold_are_refused() -> None:
         measured(model)
 
 
-def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_costs(
+def test_a_bundle_in_half_precision_is_served_and_its_manifest_records_the_error(
     built: Path, tmp_path: Path, examples: Any
 ) -> None:
     place = export(built / "runs" / "digits", tmp_path, "digits", half=True)
@@ -121,29 +121,29 @@ def test_a_bundle_in_half_precision_is_served_and_its_manifest_says_what_that_co
     np.testing.assert_allclose(np.asarray(one["mean"]), np.asarray(other["mean"]), atol=1e-2)
 
 
-def test_the_error_is_that_of_what_each_node_rounds_not_of_the_weights_alone() -> None:
-    """The CPU provider of onnxruntime computes in float32, and would show the weights' alone."""
+def test_the_error_includes_the_rounding_of_every_node() -> None:
+    """onnxruntime's CPU provider computes in float32 and would show that of the weights alone."""
     model, x = network("mlp"), X[:100]
     traced = trace.trace(model, torch.from_numpy(x[:2]))
     graph = ir.to_proto(half_precision.build(predict_graph.build(traced)[0])).SerializeToString()
     with torch.no_grad():
-        answers = model(torch.from_numpy(x)).numpy()
+        outputs = model(torch.from_numpy(x)).numpy()
     feed = {trace.INPUT: x}
-    by_node = verify.HalfGraph("predict.onnx", graph, answers.mean(axis=0)).run(feed)
+    by_node = verify.HalfGraph("predict.onnx", graph, outputs.mean(axis=0)).run(feed)
     as_float32 = verify.Graph("predict.onnx", graph).run(feed)
-    spread = np.abs(answers - answers.mean(axis=0)).max()
-    assert np.abs(by_node - answers).max() < 2**-8 * spread
+    spread = np.abs(outputs - outputs.mean(axis=0)).max()
+    assert np.abs(by_node - outputs).max() < 2**-8 * spread
     # Layers of 32 units round to 2^-11 of their outputs.
     assert np.abs(by_node - as_float32).max() > 2**-14 * spread
 
 
-def test_what_all_answers_have_in_common_does_not_excuse_an_error() -> None:
-    """Two units off are a thousandth of 2000, and far more than these answers differ by."""
+def test_an_offset_common_to_all_rows_does_not_hide_an_error() -> None:
+    """An error of 2 is a thousandth of 2000, but far larger than these outputs differ by."""
     model = network("mlp")
     *_, last = (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     with torch.no_grad():
         last.bias.fill_(2000)
-        answers = model(torch.from_numpy(X)).numpy()
+        outputs = model(torch.from_numpy(X)).numpy()
     traced = trace.trace(model, torch.from_numpy(X[:2]))
     predict = half_precision.build(predict_graph.build(traced)[0])
     stochastic = half_precision.build(stochastic_graph.build(traced))
@@ -154,5 +154,5 @@ def test_what_all_answers_have_in_common_does_not_excuse_an_error() -> None:
     files = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
     with pytest.raises(VerificationError, match=r"^predict\.onnx is off from eval mode by"):
         verify.verify(
-            TorchReference(model), sites_of(traced), files[0], files[1], X, answers, half=True
+            TorchReference(model), sites_of(traced), files[0], files[1], X, outputs, half=True
         )

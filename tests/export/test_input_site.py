@@ -1,4 +1,4 @@
-"""Networks that drop their features, from the checkpoint to the answer of the service."""
+"""Networks that drop input features, from the checkpoint to the service."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def images() -> Dataset:
 
 
 def exported(folder: Path, network: NetworkName, scaling: Scaling) -> checkpoint.Checkpoint:
-    """Train for a moment, save and export as ``models/toy/1``; return the checkpoint."""
+    """Train briefly, save and export as ``models/toy/1``; return the checkpoint."""
     parts = split(images(), 0)
     described = config(parts.train, network, 0.1, scaling)
     described = replace(described, input_p=INPUT_P)
@@ -49,7 +49,7 @@ def exported(folder: Path, network: NetworkName, scaling: Scaling) -> checkpoint
     )
     (folder / "run").mkdir()
     checkpoint.save(saved, folder / "run")
-    # It publishes only what verification holds for.
+    # Publishes only graphs that pass verification.
     export(folder / "run", folder / "models", "toy")
     return saved
 
@@ -63,7 +63,7 @@ def test_a_site_on_the_features_is_exported_verified_and_served(
     manifest = json.loads((tmp_path / "models" / "toy" / "1" / "manifest.json").read_text())
     first = manifest["sites"][0]
     assert (first["name"], first["p"], first["mask_shape"]) == ("input_dropout", INPUT_P, [4, 4])
-    # The weights of the first layer take its factor, where there is one.
+    # The weights of the first layer absorb the factor, if there is one.
     assert first["folded"]
     engines = load_engines(tmp_path / "models", "cpu")
     most = 100 * PASSES

@@ -1,4 +1,4 @@
-"""ONNX files that hold Dropout nodes enter in place of a torch model."""
+"""ONNX files with Dropout nodes, exported like a torch network."""
 
 from pathlib import Path
 
@@ -61,19 +61,20 @@ def test_an_onnx_file_is_verified_against_onnxs_own_evaluator(tmp_path: Path) ->
     x = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
     sites = sites_of(source)
     reference = OnnxReference(source)
-    answers = reference.eval_mode(x)
-    measured = verify.verify(reference, sites, predict, stochastic, x, answers)
+    outputs = reference.eval_mode(x)
+    measured = verify.verify(reference, sites, predict, stochastic, x, outputs)
     assert measured.stochastic_error < 1e-5
-    # Linear behind the site: the passes scatter around eval mode. 140 outputs, two of a row.
+    # The network behind the site is linear, so the passes scatter around eval mode: 140 outputs,
+    # of which the two of a row are correlated.
     assert measured.expectation_gap == pytest.approx(1.0, abs=0.3)
-    # One weight of six that differs must be noticed.
+    # A difference in one weight of six must be noticed.
     weights = np.array([1, 2, 3, 4, 5, 7], np.float32).reshape(3, 2)
     for value in graphs[1].graph.initializers.values():
         if value.const_value is not None and value.shape == (3, 2):
             value.const_value = ir.tensor(weights)
     broken = ir.to_proto(graphs[1]).SerializeToString()
     with pytest.raises(VerificationError, match=r"^stochastic.onnx is off from train mode"):
-        verify.verify(reference, sites, predict, broken, x, answers)
+        verify.verify(reference, sites, predict, broken, x, outputs)
 
 
 def test_a_reshape_behind_a_site_asks_for_passes_where_its_target_came_from_the_input(

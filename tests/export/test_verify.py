@@ -1,4 +1,4 @@
-"""Verification catches what is wrong, and says which graph, where and how far off."""
+"""Verification catches wrong graphs, and says which graph, where and by how much."""
 
 import copy
 import re
@@ -49,8 +49,8 @@ def export(model: nn.Module) -> tuple[ir.Model, ir.Model, ir.Model]:
 def check(model: nn.Module, source: ir.Model, predict: ir.Model, stochastic: ir.Model) -> object:
     graphs = [ir.to_proto(graph).SerializeToString() for graph in (predict, stochastic)]
     with torch.no_grad():
-        answers = model(torch.from_numpy(X)).numpy()
-    return verify.verify(TorchReference(model), sites_of(source), graphs[0], graphs[1], X, answers)
+        outputs = model(torch.from_numpy(X)).numpy()
+    return verify.verify(TorchReference(model), sites_of(source), graphs[0], graphs[1], X, outputs)
 
 
 def named(graph: ir.Model, operator: str) -> list[ir.Node]:
@@ -58,7 +58,7 @@ def named(graph: ir.Model, operator: str) -> list[ir.Node]:
 
 
 def bypass(node: ir.Node) -> None:
-    """Take a node out of a graph: its first input goes on in place of its output."""
+    """Remove a node's effect: its first input replaces its output."""
     value = node.inputs[0]
     assert value is not None
     node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
@@ -160,7 +160,7 @@ def test_a_graph_that_gives_nan_is_caught() -> None:
 
 
 class FunctionalDropout(nn.Module):
-    """Randomness that leaves no trace in eval mode."""
+    """A functional dropout, which leaves no trace in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_randomness_that_is_no_site_is_named_by_its_module() -> None:
 
 
 class InnerDropout(nn.Module):
-    """Randomness in the argument of a module that answers a tuple."""
+    """Dropout by an argument of a module that returns a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def test_randomness_of_a_modules_own_argument_is_named_by_that_module() -> None:
 
 
 class Mixing(nn.Module):
-    """Centres a batch by its own mean, before or behind the site."""
+    """Subtracts the mean of the batch behind the site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def test_passes_that_are_equal_for_all_seeds_are_refused() -> None:
 
 @pytest.mark.parametrize("units", [1e-6, 1.0, 1e6])
 def test_errors_count_in_each_targets_own_unit(units: float) -> None:
-    """A small target's weights may be zero, and no large target beside it may hide that."""
+    """Wrong weights of a small target must show beside large targets."""
     model = copy.deepcopy(network("mlp", hidden=(32,)))
     scale = torch.full((10,), units)
     scale[3] = 1e-3 * units
@@ -301,9 +301,10 @@ def test_the_mean_of_the_passes_is_eval_mode_where_the_network_behind_the_site_i
     scaling: Scaling,
 ) -> None:
     gap, largest = measured(scaling, (32,))
-    # 640 outputs: all within four standard errors but for one chance in 25, and this seed is fixed.
+    # All 640 outputs lie within four standard errors with a probability of 24 in 25; the seed is
+    # fixed.
     assert largest < 4.0
-    # The root mean square of 640 standard normal numbers, ten of a row depending on each other.
+    # Root mean square of 640 standard normal numbers, of which the ten of a row are correlated.
     assert gap == pytest.approx(1.0, abs=0.3)
 
 
@@ -318,14 +319,14 @@ def test_the_gap_is_measured_where_the_network_is_not_linear_and_where_it_is_sca
 @pytest.mark.parametrize(
     ("gap", "scaling", "says"),
     [
-        (1.0, "classic", "scatter around what eval mode answers"),
+        (1.0, "classic", "scatter around the output of eval mode"),
         (3.0, "classic", "not linear"),
         (30.0, "double", "scaled down once more at each site"),
     ],
 )
-def test_the_description_says_what_a_gap_means(gap: float, scaling: Scaling, says: str) -> None:
+def test_the_summary_explains_the_gap(gap: float, scaling: Scaling, says: str) -> None:
     sites = sites_of(traced(network("mlp", scaling)))
-    text = verify.describe(
+    text = verify.summary(
         Verification(
             predict_error=1e-7,
             predict_rows=10,
@@ -342,7 +343,7 @@ def test_the_description_says_what_a_gap_means(gap: float, scaling: Scaling, say
 
 
 def passes_through_a_dropout_node(first: str, shape: list[int]) -> Floats:
-    """Run eight equal rows of ones through Dropout, behind ``first`` and before a sum."""
+    """Run eight equal rows of ones through Relu, Dropout on ``first``, and a sum."""
     graph = helper.make_graph(
         [
             helper.make_node("Relu", ["x"], ["h"]),
@@ -366,13 +367,13 @@ def passes_through_a_dropout_node(first: str, shape: list[int]) -> Floats:
 def test_onnxruntime_removes_dropout_in_training_mode_so_masks_must_be_an_input() -> None:
     """The reason for the whole design (onnxruntime issues 5549 and 9333)."""
     passes = passes_through_a_dropout_node("h", [8, 64])
-    # Real passes would keep 32 of 64 units, doubled, give or take 8.
+    # With dropout, each would be the sum of some 32 doubled units of 64, and vary.
     assert passes.tolist() == [[64.0]] * 8
-    # A node at the graph's edge survives, which is why a test of one node alone shows nothing.
+    # A node at the graph's edge survives, so a test of a single node would not show the removal.
     assert len(set(passes_through_a_dropout_node("x", [8, 64])[:, 0])) > 1
 
 
-def test_other_weights_behind_the_sites_are_reported_with_their_distance() -> None:
+def test_wrong_weights_behind_the_sites_are_reported_with_their_error() -> None:
     model = network("mlp")
     source, predict, stochastic = export(model)
     for gemm in named(stochastic, "Gemm")[2:]:

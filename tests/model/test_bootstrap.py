@@ -1,4 +1,4 @@
-"""The bootstrap: intervals of the right width, from resamples that are resamples."""
+"""The bootstrap: valid resamples, and intervals of the right width."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     for _ in range(200):
         found = estimate({0: mean_of(rng.exponential(1.0, 100))}, 100)[0]
         held += found.lower <= 1.0 <= found.upper
-    # Of a skewed mean of 100 rows a little less than 95 %; 4 standard errors of 200 tries.
+    # Slightly below 95 % for the mean of 100 skewed rows; minus 4 standard errors of 200 tries.
     assert 0.93 - 4 * math.sqrt(0.95 * 0.05 / 200) < held / 200
 
 
@@ -48,7 +48,7 @@ def test_a_resample_draws_as_many_rows_as_there_are(rows: int) -> None:
         assert block.size <= bootstrap.WEIGHTS_AT_ONCE
 
 
-def test_figures_of_the_same_rows_see_the_same_resamples() -> None:
+def test_statistics_of_the_same_rows_share_the_same_resamples() -> None:
     scores = np.random.default_rng(0).normal(size=50)
     found = estimate({"low": mean_of(scores), "high": mean_of(scores + 3)}, 50)
     assert found["high"].lower == pytest.approx(found["low"].lower + 3)

@@ -1,4 +1,4 @@
-"""The temperature: found where there is one, moderate where rows say little, folded in."""
+"""The temperature: found in synthetic logits, moderate with few rows, folded into the network."""
 
 import numpy as np
 import pytest
@@ -39,22 +39,20 @@ def test_the_temperature_of_logits_that_are_off_by_a_factor_is_found(true: float
 
 @reproducible
 @given(st.integers(0, 2**32), st.integers(1, 60), st.booleans())
-def test_the_nll_of_what_it_is_fitted_on_is_never_worse(
-    seed: int, rows: int, of_passes: bool
-) -> None:
+def test_the_nll_of_the_fitted_rows_is_never_worse(seed: int, rows: int, of_passes: bool) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(5, rows, 3) if of_passes else (rows, 3)) * rng.uniform(0, 20)
     y = rng.integers(3, size=rows)
     assert nll(logits / fit_temperature(y, logits), y) <= nll(logits, y)
 
 
-def test_rows_that_are_all_right_ask_for_no_extreme_temperature() -> None:
+def test_rows_without_errors_give_no_extreme_temperature() -> None:
     logits = np.tile([4.0, 0.0, 0.0], (30, 1))
     y = np.zeros(30, dtype=np.int64)
     assert 0.5 < fit_temperature(y, logits) < 1.0
 
 
-def test_two_answers_are_fitted_to_together() -> None:
+def test_two_outputs_are_fitted_together() -> None:
     rng = np.random.default_rng(0)
     cold, hot = rng.normal(size=(2, 500, 3)) * [[[1.0]], [[9.0]]]
     y = rng.integers(3, size=500)
@@ -81,7 +79,7 @@ def test_training_folds_the_temperature_into_the_last_layer() -> None:
     assert nll(after, y) <= nll(before, y)
     passes = (mc_outputs(trained.model, x, 10, 0) for trained in (calibrated, plain))
     np.testing.assert_allclose(next(passes), next(passes) / t, rtol=1e-5, atol=1e-6)
-    # What is reported is the network that is there afterwards.
+    # The metrics are those of the calibrated network.
     assert calibrated.metrics == evaluate(calibrated.model, parts.test, None, None)
     assert calibrated.losses == plain.losses
 

@@ -1,4 +1,4 @@
-"""The checkpoint: what comes back, what its files hold, and what is refused."""
+"""The checkpoint: round trip, content of its files, errors."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def refusal(directory: Path) -> str:
-    """Return what is said about a checkpoint: one line that names its directory."""
+    """Return the error about a checkpoint: one line that names its directory."""
     with pytest.raises(CheckpointError) as refused:
         load(directory)
     message = str(refused.value)
@@ -64,7 +64,7 @@ def refusal(directory: Path) -> str:
     return message
 
 
-def test_a_checkpoint_from_before_the_input_site_has_none(saved: Path) -> None:
+def test_a_checkpoint_older_than_the_input_site_has_none(saved: Path) -> None:
     path = saved / "checkpoint.json"
     document = json.loads(path.read_text())
     assert document["network"].pop("input_p") == 0.0
@@ -198,7 +198,7 @@ def test_json_of_something_else_is_damage(saved: Path, content: str) -> None:
     assert "damaged checkpoint" in refusal(saved)
 
 
-def test_an_older_checkpoint_says_neither_temperature_nor_noise_of_eval_mode(saved: Path) -> None:
+def test_an_older_checkpoint_has_neither_temperature_nor_noise_of_eval_mode(saved: Path) -> None:
     path = saved / "checkpoint.json"
     document = json.loads(path.read_text())
     del document["temperature"], document["eval_noise_std"]
@@ -214,6 +214,6 @@ def test_a_newer_schema_is_named(saved: Path) -> None:
     assert f"schema {newer}, this version reads {checkpoint.SCHEMA_VERSION}" in refusal(saved)
 
 
-def test_where_nothing_is_there_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_or_empty_directory_holds_no_checkpoint(tmp_path: Path) -> None:
     assert "holds no checkpoint" in refusal(tmp_path / "absent")
     assert "holds no checkpoint" in refusal(tmp_path)

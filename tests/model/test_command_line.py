@@ -1,4 +1,4 @@
-"""``python -m model`` as a person meets it: files, tables, warnings, errors."""
+"""``python -m model``: files, tables, warnings, errors."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ SMALL = ["--hidden", "8", "--epochs", "2"]
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left behind."""
+    """The exit status and the output of a command."""
 
     status: object
     out: str
@@ -78,7 +78,7 @@ def write_values(path: Path, target: str) -> None:
 
 
 def table(out: str) -> dict[str, tuple[float, float]]:
-    """Read the metrics of both columns of the printed table."""
+    """Parse both columns of the printed table of metrics."""
     assert re.search(r"^held out: \d+ rows +eval mode +100 passes$", out, re.MULTILINE)
     rows = re.findall(r"^(\w+) +(-?[\d.e-]+) +(-?[\d.e-]+)$", out, re.MULTILINE)
     return {name: (float(left), float(right)) for name, left, right in rows}
@@ -245,7 +245,7 @@ def test_a_column_name_is_plain_text_to_the_plots(
     ],
 )
 @pytest.mark.parametrize("out", ["run", "deep/er/run"])
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+def test_a_failed_training_prints_one_line_and_leaves_nothing(
     train: Command, tmp_path: Path, arguments: list[str], message: str, out: str
 ) -> None:
     write_csv(tmp_path / "good.csv")
@@ -297,7 +297,7 @@ def test_a_place_for_the_checkpoint_is_needed(train: Command) -> None:
     assert "--out" in refused(train(*SMALL), 2)
 
 
-def test_calibration_is_told_and_recorded(train: Command, tmp_path: Path) -> None:
+def test_calibration_is_printed_and_recorded(train: Command, tmp_path: Path) -> None:
     write_csv(tmp_path / "t.csv")
     arguments = ["--data", "t.csv", "--target", "y", "--out", "run", *SMALL]
     assert "temperature" not in train(*arguments).out
@@ -308,11 +308,11 @@ def test_calibration_is_told_and_recorded(train: Command, tmp_path: Path) -> Non
     assert f"temperature {temperature:.4g}, folded into the last layer" in done.out
 
 
-def test_training_prints_every_way_to_answer_and_each_shift(train: Command) -> None:
+def test_training_prints_every_method_and_each_shift(train: Command) -> None:
     images = np.random.default_rng(0).normal(size=(40, 4, 4))
     np.savez("i.npz", x=images, y=np.arange(40) % 2)
     out = train("--data", "i.npz", "--out", "run", *SMALL).out
-    assert re.search(r"^100 stratified +[\d.e-]+ \[[\d.e-]+, [\d.e-]+\] ", out, re.MULTILINE)
+    assert re.search(r"^100 hypercube +[\d.e-]+ \[[\d.e-]+, [\d.e-]+\] ", out, re.MULTILINE)
     assert re.search(r"^NLL of 100 passes - NLL of eval mode: ", out, re.MULTILINE)
     for shift in ("rotated", "noisy", "inverted"):
         assert re.search(rf"^{shift} +mutual_information +- +[\d.]+", out, re.MULTILINE)
@@ -331,15 +331,15 @@ def test_a_checkpoint_is_evaluated_as_it_was_when_it_was_trained(
     document = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     assert (document["data"], document["task"], document["rows"]) == ("t", "classification", 9)
     metrics = checkpoint.load(tmp_path / "run").metrics
-    for way, mode in (("eval mode", "eval"), ("100 passes", "mc")):
-        found = document["answers"][way]["metrics"]
+    for method, mode in (("eval mode", "eval"), ("100 passes", "mc")):
+        found = document["answers"][method]["metrics"]
         assert {name: e["value"] for name, e in found.items()} == pytest.approx(metrics[mode])
     # Both commands print the same tables.
     first, *tables, last = done.out.splitlines()
     assert "\n".join(tables) in trained.out
     assert first == "t: classification, 9 held-out rows"
     assert last.startswith("wrote ")
-    # A checkpoint with its evaluation is still one that training replaces.
+    # Training still replaces a checkpoint that holds an evaluation.
     assert train("--data", "t.csv", "--target", "y", "--out", "run", *SMALL).status == 0
 
 
@@ -356,7 +356,7 @@ def test_eval_mode_of_a_regression_keeps_its_own_noise(
     assert saved.eval_noise_std != saved.noise_std
 
 
-def test_what_cannot_be_evaluated_is_one_line(
+def test_a_failed_evaluation_prints_one_line(
     train: Command, evaluate: Command, tmp_path: Path
 ) -> None:
     assert "none holds no checkpoint" in refused(evaluate("none"), 1)

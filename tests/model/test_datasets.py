@@ -1,4 +1,4 @@
-"""The data sets: the bundled ones, the split by seed, and what is no data set at all."""
+"""Bundled data sets, the split by seed, and names that are no data set."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ row_counts = st.integers(20, 500)
 
 
 def numbered(rows: int) -> Dataset:
-    """A data set whose features and targets are its row numbers."""
+    """Make a data set whose features and targets are its row numbers."""
     y = np.arange(rows, dtype=np.float32)[:, None]
     return Dataset("numbers", "regression", y.copy(), y, ("row",), ("row",))
 
@@ -79,12 +79,12 @@ def test_the_seed_alone_decides_the_split(rows: int, seed: int, other: int) -> N
         (first.test, again.test),
     ):
         assert np.array_equal(a.x, b.x)
-    # Twenty rows have 20! orders, so two seeds do not meet by chance.
+    # Twenty rows have 20! orders, so two seeds do not coincide by chance.
     assert rows_of(split(numbered(rows), other).train) != rows_of(first.train)
 
 
 @pytest.mark.parametrize("name", ["foo", "", "Digits", "digits.txt", "digits/"])
-def test_an_unknown_data_set_is_refused_with_what_there_is(name: str) -> None:
+def test_an_unknown_data_set_is_refused_with_a_list_of_the_known_ones(name: str) -> None:
     with pytest.raises(DataError, match=r"digits, diabetes, FILE\.csv and FILE\.npz") as refused:
         load(name)
     assert repr(name) in str(refused.value)

@@ -1,4 +1,4 @@
-"""CSV files: what they mean, and what is wrong with them, by row and column."""
+"""CSV files: their values and tasks, and errors by row and column."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,7 @@ from dropserve.model.datasets import DataError, Dataset, Task, load
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
 ROWS = 24
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
-# What a quoted cell must protect, and letters beyond ASCII.
+# Characters that need quotes, and letters beyond ASCII.
 names = st.text("ab,;\"' \nß鑫").map(str.strip).filter(bool)
 
 
@@ -26,7 +26,7 @@ def write(folder: Path, targets: list[str], features: str = "{row},0.5") -> str:
 
 
 def refusal(path: Path, content: str | bytes, target: str | None = "y") -> str:
-    """Return what is said about a file, which names the file."""
+    """Return the error about a file, without the file's name in front."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as refused:
         load(str(path), target)
@@ -138,7 +138,7 @@ def test_a_missing_value_is_named_by_row_and_column(path: Path, cell: str, colum
 
 
 @pytest.mark.parametrize("cell", ["red", "1,5", "1 2", "0x10"])
-def test_what_is_no_number_is_named_by_row_and_column(path: Path, cell: str) -> None:
+def test_a_cell_that_is_no_number_is_named_by_row_and_column(path: Path, cell: str) -> None:
     message = refusal(path, "a,b,y\n1,2,u\n" + f'1,"{cell}",v\n' * ROWS)
     assert message == f"row 2, column 'b': {cell!r} is not a number"
 
@@ -178,7 +178,7 @@ def test_column_names_must_be_there_and_differ(path: Path, header: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"a,y\n\xff\xfe,1\n", b'a,y\n"1,2\n', b'a,y\n"1"2,3\n'])
-def test_what_is_not_csv_in_utf8_is_refused(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_csv_in_utf8_is_refused(path: Path, content: bytes) -> None:
     assert refusal(path, content).startswith("not a CSV file in UTF-8: ")
 
 

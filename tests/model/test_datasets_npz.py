@@ -1,4 +1,4 @@
-"""NPZ files: arrays x and y, and nothing that could run code."""
+"""NPZ files: their arrays x and y, errors, and no pickled code."""
 
 import gc
 import warnings
@@ -27,7 +27,7 @@ def write(path: Path, **arrays: NDArray[np.generic]) -> str:
 
 
 def refusal(path: Path, target: str | None = None) -> str:
-    """Return what is said about a file, which names the file."""
+    """Return the error about a file, without the file's name in front."""
     with pytest.raises(DataError) as refused:
         load(str(path), target)
     message = str(refused.value)
@@ -105,7 +105,7 @@ def test_arrays_that_cannot_be_used_are_refused(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
 @pytest.mark.parametrize("name", ["x", "y"])
-def test_a_value_that_is_no_float32_is_named_by_its_place(
+def test_a_value_that_is_no_float32_is_named_by_its_index(
     path: Path, value: float, name: str
 ) -> None:
     arrays = {"x": X.copy(), "y": X[:, :2].copy()}
@@ -154,7 +154,7 @@ def test_a_truncated_file_is_refused_and_closed(path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert refusal(path).startswith("not an NPZ file of plain arrays")
-        gc.collect()  # what was left open says so when it is collected
+        gc.collect()  # a file left open warns when it is collected
     assert [str(warning.message) for warning in caught] == []
 
 

@@ -1,4 +1,4 @@
-"""The dropout layer: values, gradients, expectations, refusals, and what it says of itself."""
+"""The dropout layer: values, gradients, expectations, errors, the warning, and Latin hypercubes."""
 
 import doctest
 import math
@@ -15,8 +15,8 @@ from dropserve.model.dropout import (
     CustomDropout,
     Scaling,
     double_scaling_warning,
+    latin_hypercube,
     only_sites_in_train_mode,
-    stratified,
 )
 
 reproducible = settings(derandomize=True, deadline=None, max_examples=50)
@@ -103,7 +103,7 @@ def test_p_of_zero_is_the_identity(scaling: Scaling, channels: bool, training: b
         [0.5],
     ],
 )
-def test_what_is_no_number_from_zero_to_below_one_is_refused_by_value(p: object) -> None:
+def test_any_p_but_a_number_from_zero_to_below_one_is_refused_by_value(p: object) -> None:
     with pytest.raises(ValueError, match=r"^p must be a number in \[0, 1\)") as refused:
         CustomDropout(p)  # type: ignore[arg-type] # the point: a caller without a type checker
     assert str(refused.value).endswith(f"not {p!r}")
@@ -125,7 +125,7 @@ def test_the_mean_of_train_mode_is_eval_mode_except_for_double(scaling: Scaling,
     torch.manual_seed(0)
     train_mean = layer(ones).mean(dtype=torch.float64).item()
     eval_value = layer.eval()(ones)[0].item()
-    # A unit is 0 or factor, so its standard deviation is factor * sqrt(p * (1 - p)).
+    # A unit is 0 or factor: its standard deviation is factor * sqrt(p * (1 - p)).
     factor = 1.0 if scaling == "classic" else 1 / (1 - p)
     four_standard_errors = 4 * factor * math.sqrt(p * (1 - p) / count)
     gap = 1 / (1 - p) if scaling == "double" else 1.0
@@ -137,7 +137,7 @@ def test_channels_are_dropped_whole() -> None:
     y = CustomDropout(0.5, channels=True)(torch.ones(6, 8, 4, 5))
     assert torch.equal(y, y[:, :, :1, :1].expand_as(y))
     one_value_a_channel = y[:, :, 0, 0]
-    # Neither all rows nor all channels share a draw: each would repeat with probability 2^-8.
+    # Rows and channels draw independently: all of them coincide with a probability below 2^-39.
     assert len(one_value_a_channel.unique(dim=0)) > 1
     assert one_value_a_channel.unique(dim=1).shape[1] > 1
 
@@ -185,7 +185,7 @@ def test_the_warning_of_double_scaling_is_one_line_with_the_shares_passed_on() -
     warning = double_scaling_warning(model)
     assert warning is not None
     assert "\n" not in warning
-    # Of what it did in training, a site passes on 1 - p in eval mode, all of them the product.
+    # In eval mode each site scales down by 1 - p once more, and all of them by the product.
     for part in ("'double'", "as little as 0.5 of", "0.4 over all 2"):
         assert part in warning
 
@@ -233,14 +233,14 @@ def test_only_the_sites_run_in_train_mode_and_all_modes_come_back() -> None:
     assert not site.training
 
 
-def test_a_mask_is_where_torchs_uniform_numbers_reach_p() -> None:
+def test_a_unit_is_kept_where_torchs_uniform_number_reaches_p() -> None:
     torch.manual_seed(4)
     expected = torch.rand(6, 8) >= 0.3
     torch.manual_seed(4)
     assert torch.equal(CustomDropout(0.3, "classic")(torch.ones(6, 8)), expected.float())
 
 
-def test_the_sites_draw_by_what_they_are_given_and_as_before_after_it() -> None:
+def test_the_sites_draw_by_a_given_function_and_as_before_afterwards() -> None:
     site = CustomDropout(0.5, "classic")
     ones = torch.ones(4, 2)
     with only_sites_in_train_mode(site, lambda shape, _: torch.arange(8).reshape(shape) / 8):
@@ -252,19 +252,19 @@ def test_the_sites_draw_by_what_they_are_given_and_as_before_after_it() -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 7, 100])
-def test_one_of_the_stratified_numbers_of_a_unit_falls_into_each_part(passes: int) -> None:
+def test_one_hypercube_number_of_a_unit_falls_into_each_part(passes: int) -> None:
     torch.manual_seed(0)
     units = 20_000
-    drawn = stratified(passes)((passes * units // 10, 10), torch.device("cpu"))
+    drawn = latin_hypercube(passes)((passes * units // 10, 10), torch.device("cpu"))
     parts = (drawn.reshape(passes, units) * passes).floor().sort(dim=0).values
     assert torch.equal(parts, torch.arange(passes).double()[:, None].expand(-1, units))
 
 
 @pytest.mark.parametrize(("p", "passes"), [(0.5, 100), (0.3, 10), (0.25, 30), (0.999, 100)])
-def test_stratified_passes_keep_each_unit_as_often_as_p_says(p: float, passes: int) -> None:
+def test_the_passes_of_a_hypercube_keep_each_unit_as_often_as_p_says(p: float, passes: int) -> None:
     site, rows, units = CustomDropout(p, "classic"), 50, 400
     torch.manual_seed(0)
-    with only_sites_in_train_mode(site, stratified(passes)):
+    with only_sites_in_train_mode(site, latin_hypercube(passes)):
         kept = site(torch.ones(passes * rows, units)).reshape(passes, rows * units)
     # (1 - p) T, rounded up or down at random so that it is right on average.
     expected = (1 - p) * passes
@@ -277,9 +277,9 @@ def test_stratified_passes_keep_each_unit_as_often_as_p_says(p: float, passes: i
     assert ((share - (1 - p)).abs() < 4.5 * math.sqrt(p * (1 - p) / (rows * units))).all()
 
 
-def test_stratified_units_are_independent_and_two_passes_hardly_correlated() -> None:
+def test_units_of_a_hypercube_are_independent_and_two_passes_hardly_correlated() -> None:
     torch.manual_seed(0)
-    kept = stratified(10)((10, 100_000), torch.device("cpu")) >= 0.5
+    kept = latin_hypercube(10)((10, 100_000), torch.device("cpu")) >= 0.5
     one, other = kept[:, ::2].double(), kept[:, 1::2].double()
     # Two units of a pass agree in half of the passes: 5 of 10, standard error over 50,000 pairs.
     agree = (one == other).double().mean().item()

@@ -1,4 +1,4 @@
-"""The metrics against hand-made numbers, scikit-learn and scipy; the noise."""
+"""Metrics, compared with results by hand, scikit-learn and scipy; the fitted noise."""
 
 import math
 
@@ -26,16 +26,16 @@ Floats = NDArray[np.float64]
 
 
 def answers(seed: int, rows: int, classes: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Random probabilities, from flat to sure, and random true classes.
+    """Draw probabilities, from uniform to confident, and true classes.
 
-    None is below 1e-15, where scikit-learn clips.
+    No probability is below 1e-15, where scikit-learn clips.
     """
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(rows, classes)) * rng.uniform(0, 4, size=(rows, 1))
     return softmax(logits, axis=1), rng.integers(classes, size=rows)
 
 
-def test_two_rows_have_the_metrics_that_a_hand_computes() -> None:
+def test_two_rows_have_the_metrics_computed_by_hand() -> None:
     probabilities = np.array([[0.81, 0.19], [0.61, 0.39]])
     metrics = classification_metrics(probabilities, np.array([0, 1]))
     assert metrics == pytest.approx(
@@ -88,7 +88,7 @@ def test_every_row_falls_into_one_bin_of_confidence(seed: int, rows: int, classe
     st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 3), min_size=1, max_size=10),
     st.integers(0, 2),
 )
-def test_saturated_answers_have_metrics_that_are_numbers(
+def test_saturated_probabilities_have_finite_metrics(
     logits: list[tuple[float, float, float]], true: int
 ) -> None:
     p = class_probabilities(np.array([*logits, (1e6, 0.0, -1e6)]))
@@ -96,13 +96,13 @@ def test_saturated_answers_have_metrics_that_are_numbers(
     assert np.isfinite(list(metrics.values())).all()
 
 
-def test_being_sure_and_wrong_costs_much_and_being_sure_and_right_nothing() -> None:
-    sure = class_probabilities(np.array([[1000.0, -1000.0]]))
-    assert sure.tolist() == [[1.0, 0.0]]
-    right = classification_metrics(sure, np.array([0]))
+def test_confident_errors_cost_much_and_confident_successes_nothing() -> None:
+    confident = class_probabilities(np.array([[1000.0, -1000.0]]))
+    assert confident.tolist() == [[1.0, 0.0]]
+    right = classification_metrics(confident, np.array([0]))
     assert right == {"accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0}
-    wrong = classification_metrics(sure, np.array([1]))
-    assert wrong["nll"] > 700  # as much as float64 can tell from impossible
+    wrong = classification_metrics(confident, np.array([1]))
+    assert wrong["nll"] > 700  # -log of the smallest normal float64
     assert (wrong["accuracy"], wrong["brier"], wrong["ece"]) == (0.0, 2.0, 1.0)
 
 
@@ -129,7 +129,7 @@ def test_a_target_far_from_every_pass_has_a_finite_log_likelihood() -> None:
     assert far.item() == pytest.approx(norm.logpdf(1000.0))
 
 
-def test_regression_metrics_are_those_that_a_hand_computes() -> None:
+def test_regression_metrics_are_those_computed_by_hand() -> None:
     samples = np.array([[[0.0], [4.0]], [[2.0], [4.0]]])  # [T=2, B=2, C=1], means 1 and 4
     y, noise = np.array([[2.0], [1.0]]), np.array([0.5])
     first = math.log((norm.pdf(2, 0, 0.5) + norm.pdf(2, 2, 0.5)) / 2)
@@ -152,15 +152,15 @@ def test_the_noise_around_a_point_prediction_is_found_for_each_target() -> None:
     assert (np.abs(found - true) < 4 * true / math.sqrt(2 * rows)).all()
 
 
-def test_the_noise_is_what_the_scatter_of_the_passes_leaves_to_explain() -> None:
+def test_the_noise_explains_the_variance_that_the_passes_do_not() -> None:
     rows, noise, scatter = 4000, 0.5, 1.0
     rng = np.random.default_rng(0)
-    # Quantiles instead of draws: the passes of every row make the same smooth mixture.
+    # Quantiles instead of draws, so that the passes of every row form the same smooth mixture.
     passes = norm.ppf((np.arange(400) + 0.5) / 400) * scatter
     y = rng.normal(0.0, math.hypot(noise, scatter), size=(rows, 1))
     samples = np.broadcast_to(passes[:, None, None], (400, rows, 1))
     # The variance v of y has standard error v sqrt(2 / n); noise^2 = v - scatter^2, so the
-    # noise has that error over 2 * noise. The quantiles cut tails worth 1 % of scatter^2.
+    # noise has that error divided by 2 * noise. The quantiles cut tails worth 1 % of scatter^2.
     variance = noise**2 + scatter**2
     four_standard_errors = 4 * variance * math.sqrt(2 / rows) / (2 * noise)
     cut = abs(passes.var() - scatter**2) / (2 * noise)
@@ -169,7 +169,7 @@ def test_the_noise_is_what_the_scatter_of_the_passes_leaves_to_explain() -> None
 
 @reproducible
 @given(seed=seeds)
-def test_no_noise_near_the_fitted_one_is_likelier(seed: int) -> None:
+def test_the_fitted_noise_has_the_largest_likelihood_nearby(seed: int) -> None:
     rng = np.random.default_rng(seed)
     samples, y = rng.normal(size=(10, 30, 1)), rng.normal(size=(30, 1)) * 3
     fitted = fit_noise(samples, y)

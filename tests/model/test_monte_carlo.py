@@ -1,4 +1,4 @@
-"""The train-mode passes in torch, and what is reported of them beside eval mode."""
+"""Train-mode passes in torch, and their metrics beside those of eval mode."""
 
 import math
 
@@ -20,7 +20,7 @@ from dropserve.model.evaluation import (
     regression_metrics,
 )
 
-MASKS: tuple[evaluation.Masks, ...] = ("independent", "stratified")
+MASKS: tuple[evaluation.Masks, ...] = ("independent", "hypercube")
 
 
 def network(p: float) -> nn.Sequential:
@@ -59,7 +59,7 @@ def test_the_passes_leave_torchs_generator_and_the_models_modes_alone() -> None:
 
 
 def test_the_passes_of_a_row_stay_with_their_row() -> None:
-    # Without dropout a pass is eval mode; more rows than are run at once.
+    # Without dropout a pass equals eval mode. More rows than one forward call takes.
     model, x = network(0.0), normal(3 * evaluation.ROW_PASSES_AT_ONCE // 100)
     samples = mc_outputs(model, x, 100, seed=0)
     np.testing.assert_allclose(
@@ -82,7 +82,7 @@ def test_the_mean_of_the_passes_of_a_linear_network_is_eval_mode() -> None:
     assert (np.abs(samples.mean(axis=0) - eval_outputs(model, x)) < four_standard_errors).all()
 
 
-def test_stratified_passes_know_their_mean_better_than_independent_ones() -> None:
+def test_the_mean_of_a_hypercube_varies_less_than_that_of_independent_passes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 32), nn.ReLU(), CustomDropout(0.5, "classic"), nn.Linear(32, 2)
@@ -92,16 +92,16 @@ def test_stratified_passes_know_their_mean_better_than_independent_ones() -> Non
     def means(masks: evaluation.Masks) -> NDArray[np.float64]:
         return np.array([mc_outputs(model, x, 20, seed, masks).mean(axis=0) for seed in range(200)])
 
-    independent, stratified = means("independent"), means("stratified")
-    # Behind a single site the output is a sum over units, each of which is kept 10 times of 20.
-    np.testing.assert_allclose(stratified.std(axis=0), 0.0, atol=1e-6)
+    independent, hypercube = means("independent"), means("hypercube")
+    # Behind a single site the output is a sum over units, each of which 10 of 20 passes keep.
+    np.testing.assert_allclose(hypercube.std(axis=0), 0.0, atol=1e-6)
     np.testing.assert_allclose(
-        stratified.mean(axis=0), np.broadcast_to(eval_outputs(model, x), (3, 2)), atol=1e-6
+        hypercube.mean(axis=0), np.broadcast_to(eval_outputs(model, x), (3, 2)), atol=1e-6
     )
     assert (independent.std(axis=0) > 0.01).all()
 
 
-def test_stratified_passes_of_a_deeper_network_have_the_same_mean_with_less_variance() -> None:
+def test_a_hypercube_of_a_deeper_network_has_the_same_mean_with_less_variance() -> None:
     torch.manual_seed(0)
     layers = [
         nn.Sequential(nn.Linear(4 if i == 0 else 32, 32), nn.ReLU(), CustomDropout(0.5, "classic"))
@@ -114,23 +114,23 @@ def test_stratified_passes_of_a_deeper_network_have_the_same_mean_with_less_vari
         )
         for masks in MASKS
     }
-    independent, stratified = means["independent"], means["stratified"]
-    # The standard deviation of 400 draws is known within 1 / sqrt(800) of it.
-    assert (stratified.std(axis=0) < 0.8 * independent.std(axis=0)).all()
+    independent, hypercube = means["independent"], means["hypercube"]
+    # The standard deviation of 400 draws has a relative standard error of 1 / sqrt(800).
+    assert (hypercube.std(axis=0) < 0.8 * independent.std(axis=0)).all()
     four_standard_errors = 4 * independent.std(axis=0) * np.sqrt(2 / repeats)
-    gap = np.abs(stratified.mean(axis=0) - independent.mean(axis=0))
+    gap = np.abs(hypercube.mean(axis=0) - independent.mean(axis=0))
     assert (gap < four_standard_errors).all()
 
 
-def test_stratified_passes_stay_with_their_row_and_their_seed() -> None:
-    # More rows than are run at once.
+def test_the_passes_of_a_hypercube_stay_with_their_row_and_their_seed() -> None:
+    # More rows than one forward call takes.
     model, x = network(0.5), normal(3 * evaluation.ROW_PASSES_AT_ONCE // 100)
-    first = mc_outputs(model, x, 100, 7, "stratified")
-    assert np.array_equal(mc_outputs(model, x, 100, 7, "stratified"), first)
+    first = mc_outputs(model, x, 100, 7, "hypercube")
+    assert np.array_equal(mc_outputs(model, x, 100, 7, "hypercube"), first)
     np.testing.assert_allclose(first.mean(axis=0), eval_outputs(model, x), rtol=1e-4, atol=1e-5)
 
 
-def test_each_mode_of_a_regression_is_judged_with_its_own_noise() -> None:
+def test_each_mode_of_a_regression_is_evaluated_with_its_own_noise() -> None:
     x = normal(40)
     model = network(0.5)
     y = eval_outputs(model, x) + 1.0
@@ -150,7 +150,7 @@ def test_each_mode_of_a_regression_is_judged_with_its_own_noise() -> None:
     assert metrics["mc"] == pytest.approx(expected)
 
 
-def test_classes_are_judged_by_the_same_metrics_in_both_modes() -> None:
+def test_classes_have_the_same_metrics_in_both_modes() -> None:
     model, x = network(0.5), normal(40)
     y = np.arange(40) % 2
     part = Dataset("toy", "classification", x.numpy(), y, ("a",) * 4, ("u", "v"))

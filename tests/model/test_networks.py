@@ -1,4 +1,4 @@
-"""The networks: shapes, dropout sites, and the scales of input and target that are part of them."""
+"""The networks: shapes, dropout sites, and their built-in scales of input and target."""
 
 import numpy as np
 import pytest
@@ -70,12 +70,12 @@ def test_every_hidden_layer_has_its_dropout_site(
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_features_have_a_site_where_they_are_to_be_dropped(network: NetworkName) -> None:
+def test_the_features_have_a_site_with_input_p(network: NetworkName) -> None:
     plain, dropping = build(network), build(network, input_p=0.25)
     sites = [site for site in dropping.modules() if isinstance(site, CustomDropout)]
     assert [site.p for site in sites] == [0.25] + [0.5] * (len(sites) - 1)
     assert len(sites) == 1 + sum(isinstance(site, CustomDropout) for site in plain.modules())
-    # The same weights under the same names: old checkpoints fit.
+    # The same weights under the same names, so that old checkpoints load.
     ours, theirs = plain.state_dict(), dropping.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -91,14 +91,14 @@ def test_training_drops_standardised_features_and_evaluation_keeps_them() -> Non
     model.eval()(x)
     standardised = (x - model.mean) / model.std
     dropped = seen[0] == 0
-    # 50,000 features, of which a quarter: 0.002 is one standard deviation.
+    # A share of 50,000 features has a standard deviation of 0.002.
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert torch.equal(seen[0][~dropped], standardised[~dropped])
     torch.testing.assert_close(seen[1], 0.75 * standardised)
 
 
 @pytest.mark.parametrize("input_p", [-0.1, 1.0, float("nan")])
-def test_a_share_of_features_that_is_none_is_an_error(input_p: float) -> None:
+def test_an_invalid_input_p_is_an_error(input_p: float) -> None:
     with pytest.raises(ValueError, match=r"p must be a number in \[0, 1\)"):
         build("mlp", input_p=input_p)
 
@@ -112,7 +112,7 @@ def test_the_seed_decides_the_fresh_weights(network: NetworkName) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_row_is_answered_alike_alone_and_among_others(network: NetworkName) -> None:
+def test_a_row_has_the_same_output_alone_and_in_a_batch(network: NetworkName) -> None:
     model, x = build(network).eval(), normal(5, 8, 8)
     alone = torch.cat([model(row) for row in torch.split(x, 1)])
     torch.testing.assert_close(model(x), alone)
@@ -135,7 +135,8 @@ def test_columns_are_standardised_within_the_model() -> None:
     np.testing.assert_allclose(model.std, columns.std(0), rtol=1e-4)
     standardised = (columns - columns.mean(0)) / columns.std(0)
     expected = model.network(torch.from_numpy(standardised.astype(np.float32)))
-    # The third column loses three digits of its seven when its mean of 5 is taken off 1e-3.
+    # The third column, of std 1e-3, loses three of its seven digits when its mean of 5 is
+    # subtracted.
     torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
 
 

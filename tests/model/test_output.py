@@ -1,4 +1,4 @@
-"""The place of a checkpoint: there whole or not at all, and nothing else is ever touched."""
+"""The directory of a checkpoint appears whole or not at all, and nothing else is touched."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from tests.model.toys import tree
 
 
 def write(place: Path, text: str = "new") -> None:
-    """Put a directory that looks like a checkpoint at ``place``."""
+    """Write a directory that looks like a checkpoint at ``place``."""
     with Output(place) as output:
         (output.staging / "checkpoint.json").write_text(text)
         (output.staging / text).write_text(text)
@@ -66,11 +66,11 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     assert tree(tmp_path) == ["toy", "toy/checkpoint.json", "toy/new"]
 
 
-def test_an_older_checkpoint_is_replaced_though_a_killed_run_left_something(
+def test_an_older_checkpoint_is_replaced_despite_the_leftovers_of_a_killed_run(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "toy", "old")
-    # What a run killed between the two renames of its commit leaves.
+    # The leftovers of a run that was killed between the two renames of its commit.
     shutil.copytree(tmp_path / "toy", tmp_path / ".toy.old")
     write(tmp_path / "toy", "new")
     assert (tmp_path / "toy" / "new").is_file()
@@ -94,7 +94,7 @@ def test_the_working_directory_can_be_filled(
     assert tree(tmp_path) == ["toy", "toy/checkpoint.json", "toy/new"]
 
 
-def test_what_is_no_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_place_that_holds_no_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("content")
@@ -106,7 +106,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
-    # Below a regular file nobody can write, not even root.
+    # Not even root can write below a regular file.
     (tmp_path / "file").write_text("content")
     for place in (tmp_path / "file" / "toy", tmp_path / "file" / "deep" / "toy"):
         with pytest.raises(CheckpointError, match="cannot write to") as refused:

@@ -1,4 +1,4 @@
-"""The report: every way to answer with the figures of its metrics, printed and drawn."""
+"""The report: every prediction method with its metrics, printed and drawn."""
 
 import json
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from dropserve.model.evaluation import (
     regression_metrics,
 )
 from dropserve.model.networks import Model
-from dropserve.model.report import Report, lines, report, verdict
+from dropserve.model.report import Report, report, table_lines, verdict
 from dropserve.model.training import TrainingConfig, train
 from tests.model.toys import config, two_classes, two_targets
 
-WAYS = [
+METHODS = [
     "eval mode",
-    *(f"{passes} {masks}" for masks in ("passes", "stratified") for passes in (10, 30, 100)),
+    *(f"{passes} {masks}" for masks in ("passes", "hypercube") for passes in (10, 30, 100)),
 ]
 NOISE, EVAL_NOISE = np.array([0.5, 0.7]), np.array([0.6, 0.8])
 
@@ -46,43 +46,43 @@ def of_values() -> tuple[Model, Dataset, Report]:
     return trained.model, parts.test, report(trained.model, parts.test, NOISE, EVAL_NOISE)
 
 
-def test_eval_mode_stands_beside_independent_and_stratified_passes() -> None:
+def test_eval_mode_stands_beside_independent_passes_and_hypercubes() -> None:
     model, test, found = of_classes()
     x, y = torch.from_numpy(test.x), test.y.astype(np.int64)
-    assert list(found.answers) == WAYS
+    assert list(found.answers) == METHODS
     samples = mc_outputs(model, x, 100, seed=0)
     outputs = {
         "eval mode": eval_outputs(model, x),
         "10 passes": samples[:10],
         "100 passes": samples,
-        "30 stratified": mc_outputs(model, x, 30, 0, "stratified"),
+        "30 hypercube": mc_outputs(model, x, 30, 0, "hypercube"),
     }
-    for way, logits in outputs.items():
+    for method, logits in outputs.items():
         expected = classification_metrics(class_probabilities(logits), y)
-        values = {name: e.value for name, e in found.answers[way].metrics.items()}
+        values = {name: e.value for name, e in found.answers[method].metrics.items()}
         assert values == pytest.approx(expected)
         for name in ("accuracy", "nll", "brier"):
-            estimate = found.answers[way].metrics[name]
+            estimate = found.answers[method].metrics[name]
             assert estimate.lower <= estimate.value <= estimate.upper
 
 
-def test_the_nll_of_the_passes_is_held_against_that_of_eval_mode() -> None:
+def test_the_nll_of_the_passes_is_compared_with_that_of_eval_mode() -> None:
     _, _, found = of_classes()
-    nll = [found.answers[way].metrics["nll"] for way in ("100 passes", "eval mode")]
+    nll = [found.answers[method].metrics["nll"] for method in ("100 passes", "eval mode")]
     assert found.nll_difference.value == pytest.approx(nll[0].value - nll[1].value)
-    # Paired: the rows that are hard for one are hard for the other.
+    # The difference is paired: rows that are hard for one are hard for the other.
     d = found.nll_difference
     assert d.upper - d.lower < nll[1].upper - nll[1].lower
 
 
-def test_each_way_has_the_uncertainties_that_it_can_have() -> None:
+def test_each_method_has_the_uncertainties_that_it_can_have() -> None:
     _, _, found = of_classes()
     both = ["max_probability", "predictive_entropy"]
     passes = ["expected_entropy", "mutual_information", "variation_ratio"]
-    for way, answer in found.answers.items():
+    for method, answer in found.answers.items():
         assert list(answer.auroc) == ["noisy", "shuffled", "stretched"]
         for aurocs in answer.auroc.values():
-            assert list(aurocs) == (both if way == "eval mode" else both + passes)
+            assert list(aurocs) == (both if method == "eval mode" else both + passes)
             assert all(0 <= auroc <= 1 for auroc in aurocs.values())
 
 
@@ -98,22 +98,22 @@ def test_the_risk_ends_at_that_of_all_rows() -> None:
             assert answer.risk.y[-1] == pytest.approx(whole)
 
 
-def test_each_way_to_answer_a_regression_is_judged_with_its_own_noise() -> None:
+def test_each_method_of_a_regression_is_evaluated_with_its_own_noise() -> None:
     model, test, found = of_values()
     x, y = torch.from_numpy(test.x), test.y.astype(np.float64)
-    for way, samples, noise in (
+    for method, samples, noise in (
         ("eval mode", eval_outputs(model, x)[None], EVAL_NOISE),
         ("100 passes", mc_outputs(model, x, 100, seed=0), NOISE),
     ):
-        values = {name: e.value for name, e in found.answers[way].metrics.items()}
+        values = {name: e.value for name, e in found.answers[method].metrics.items()}
         assert 0 <= values.pop("coverage_90") <= 1
         assert values == pytest.approx(regression_metrics(samples, y, noise))
-    # Eval mode is equally sure of every row.
+    # Eval mode is equally certain of every row.
     assert found.answers["eval mode"].auroc["stretched"] == {"total_std": 0.5}
     assert found.answers["100 passes"].auroc["stretched"]["epistemic_std"] > 0.8
 
 
-def test_the_intervals_of_a_right_model_hold_what_they_say() -> None:
+def test_the_intervals_of_a_true_model_have_their_nominal_coverage() -> None:
     model, test, _ = of_values()
     many = replace(test, x=np.tile(test.x, (60, 1)))
     point = eval_outputs(model, torch.from_numpy(many.x))
@@ -129,19 +129,19 @@ def test_a_report_is_json_and_a_page(
 ) -> None:
     _, _, found = made()
     document = json.loads(json.dumps(asdict(found), allow_nan=False))
-    assert list(document["answers"]) == WAYS
+    assert list(document["answers"]) == METHODS
     for losses in (None, [(1.0, 2.0), (0.5, 1.0)]):
         plots.write_page(found, tmp_path / "page.png", losses)
         assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tables_hold_a_line_for_each_way_and_each_uncertainty() -> None:
+def test_the_tables_hold_a_line_for_each_method_and_each_uncertainty() -> None:
     _, _, found = of_classes()
-    printed = list(lines(found))
+    printed = list(table_lines(found))
     metrics = found.answers["eval mode"].metrics
     nll = f"{metrics['nll'].value:.3g} [{metrics['nll'].lower:.3g}, {metrics['nll'].upper:.3g}]"
     assert nll in next(line for line in printed if line.startswith("eval mode"))
-    assert [line[:14].strip() for line in printed[1:8]] == WAYS
+    assert [line[:14].strip() for line in printed[1:8]] == METHODS
     (line,) = [line for line in printed if line.startswith("noisy       mutual_information")]
     first, *rest = line.split()[2:]
     assert first == "-"
@@ -158,7 +158,7 @@ def test_the_tables_hold_a_line_for_each_way_and_each_uncertainty() -> None:
         (-0.1, 0.2, "these 60 rows show no difference"),
     ],
 )
-def test_the_verdict_is_what_the_interval_says(lower: float, upper: float, said: str) -> None:
+def test_the_verdict_follows_the_interval(lower: float, upper: float, said: str) -> None:
     _, _, found = of_classes()
     judged = replace(found, nll_difference=Estimate((lower + upper) / 2, lower, upper))
     assert verdict(judged).endswith(said)
@@ -176,4 +176,4 @@ def test_a_handful_of_rows_can_be_reported_on() -> None:
     model, test, _ = of_classes()
     found = report(model, test.take(np.arange(1)), None, None)
     assert found.rows == 1
-    assert list(found.answers) == WAYS
+    assert list(found.answers) == METHODS

@@ -1,4 +1,4 @@
-"""Shifted rows: as many, of the same shape and range, and different."""
+"""Shifted rows: their number, shape, range and difference from the originals."""
 
 import numpy as np
 import pytest

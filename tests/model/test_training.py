@@ -1,4 +1,4 @@
-"""Training: by seed, stopping early with the best weights, in the targets' own units."""
+"""Training: reproducible by seed, early stopping with the best weights, units of the targets."""
 
 from dataclasses import replace
 from functools import cache
@@ -60,7 +60,7 @@ def test_digits_are_learned(network: NetworkName) -> None:
     parts = some_digits()
     shape = config(parts.train, network, p=0.2, hidden=(64,))
     trained = train(shape, parts, TrainingConfig(epochs=20), progress=False)
-    # Chance is 0.1; a sixth of the rows one trains on by default leaves about 0.9.
+    # Chance is 0.1; some 0.9 is normal with a sixth of the default number of rows.
     assert trained.metrics["eval"]["accuracy"] > 0.7
     assert trained.metrics["mc"]["accuracy"] > 0.7
     assert trained.noise_std is None
@@ -69,7 +69,7 @@ def test_digits_are_learned(network: NetworkName) -> None:
 def test_values_are_learned_with_their_noise() -> None:
     dataset = two_targets(rows=600)
     trained = fit(dataset, epochs=100)
-    # The targets are linear with a noise of 0.1; guessing their mean would cost about 2.7.
+    # The targets are linear with a noise of 0.1; predicting their mean gives an RMSE of about 2.7.
     assert trained.metrics["eval"]["rmse"] < 0.7
     assert trained.noise_std is not None
     assert len(trained.noise_std) == 2
@@ -77,7 +77,7 @@ def test_values_are_learned_with_their_noise() -> None:
 
 
 def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights() -> None:
-    # Random classes: what is learned by heart makes the validation loss worse.
+    # Random classes, so that overfitting makes the validation loss worse.
     dataset = two_classes(rows=80)
     labels = np.random.default_rng(5).integers(2, size=80)
     parts = split(replace(dataset, y=labels), 0)
@@ -110,7 +110,7 @@ def test_without_patience_all_epochs_are_trained_and_the_last_weights_kept() -> 
     assert loss == pytest.approx(validation[-1], rel=1e-5)
 
 
-def test_a_constant_learning_rate_goes_on_where_the_cosine_ends() -> None:
+def test_a_constant_learning_rate_still_learns_where_the_cosine_has_ended() -> None:
     dataset = two_targets()
 
     def last_change(schedule: Schedule) -> float:
@@ -176,7 +176,7 @@ def test_targets_in_other_units_give_the_same_errors_in_those_units() -> None:
             expected = small.metrics[mode][metric] * 1024
             assert large.metrics[mode][metric] == pytest.approx(expected, rel=1e-6)
     assert small.noise_std is not None
-    # The search for the noise stops within 1e-5 of its logarithm.
+    # The search for the noise stops within 1e-5 in its logarithm.
     assert large.noise_std == pytest.approx([std * 1024 for std in small.noise_std], rel=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_a_constant_target_is_learned() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 27, 1000])
 def test_any_batch_size_works(batch_size: int) -> None:
-    # 28 rows to train on: 27 leaves a batch of one, over which batch norm must cope.
+    # 28 rows to train on: with 27, the last batch is a single row, which batch norm must handle.
     images = np.random.default_rng(0).normal(size=(40, 4, 4)).astype(np.float32)
     parts = split(Dataset("toy", "classification", images, np.arange(40) % 2, (), ("n", "y")), 0)
     how = TrainingConfig(epochs=1, batch_size=batch_size)
@@ -204,7 +204,7 @@ def test_any_batch_size_works(batch_size: int) -> None:
     assert np.isfinite(trained.losses).all()
 
 
-def test_a_loss_that_stops_being_a_number_is_an_error() -> None:
+def test_a_loss_that_becomes_infinite_or_nan_is_an_error() -> None:
     dataset = two_classes()
     beyond = replace(dataset, x=np.full_like(dataset.x, 3e38))
     with pytest.raises(ValueError, match="training diverged"):

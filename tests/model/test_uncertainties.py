@@ -1,4 +1,4 @@
-"""Uncertainties a row against the service's own and numbers by hand; what they are good for."""
+"""Uncertainties per row, compared with the service's and results by hand; AURC and AUROC."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ reproducible = settings(derandomize=True, deadline=None, max_examples=50)
 
 @reproducible
 @given(st.integers(0, 2**32), st.integers(2, 12), st.integers(1, 9), st.integers(2, 5))
-def test_the_uncertainties_of_classes_are_those_that_the_service_answers(
+def test_the_uncertainties_of_classes_are_those_of_the_service(
     seed: int, passes: int, rows: int, classes: int
 ) -> None:
     logits = np.random.default_rng(seed).normal(size=(passes, rows, classes)) * 3
@@ -29,14 +29,14 @@ def test_the_uncertainties_of_classes_are_those_that_the_service_answers(
     assert not ours
 
 
-def test_a_single_pass_has_no_uncertainty_of_the_model() -> None:
+def test_a_single_pass_has_no_epistemic_uncertainty() -> None:
     assert list(of_classes(np.full((1, 3, 2), 0.5))) == ["max_probability", "predictive_entropy"]
     assert list(of_values(np.zeros((1, 3, 2)), np.ones(2))) == ["total_std"]
 
 
-def test_impossible_classes_have_entropies_that_are_numbers() -> None:
-    sure = np.array([[[1.0, 0.0]], [[1.0, 0.0]]])
-    assert {name: value.tolist() for name, value in of_classes(sure).items()} == {
+def test_classes_of_probability_zero_have_finite_entropies() -> None:
+    certain = np.array([[[1.0, 0.0]], [[1.0, 0.0]]])
+    assert {name: value.tolist() for name, value in of_classes(certain).items()} == {
         "max_probability": [0.0],
         "predictive_entropy": [0.0],
         "expected_entropy": [0.0],
@@ -45,19 +45,19 @@ def test_impossible_classes_have_entropies_that_are_numbers() -> None:
     }
 
 
-def test_the_spread_of_values_is_what_a_hand_computes() -> None:
+def test_the_spread_of_values_is_that_computed_by_hand() -> None:
     samples = np.array([[[0.0, 1.0]], [[2.0, 1.0]]])  # variances 2 and 0
     found = of_values(samples, np.array([1.0, 3.0]))
     assert found["epistemic_std"] == pytest.approx([np.sqrt((2 + 0) / 2)])
     assert found["total_std"] == pytest.approx([np.sqrt((2 + 1 + 0 + 9) / 2)])
 
 
-def test_the_surest_rows_come_first() -> None:
-    loss, doubt = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.9, 0.1, 0.5, 0.4])
-    assert risk_coverage(loss, doubt).tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+def test_the_most_certain_rows_come_first() -> None:
+    loss, uncertainty = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.9, 0.1, 0.5, 0.4])
+    assert risk_coverage(loss, uncertainty).tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
 
 
-def test_rows_that_are_equally_sure_come_in_any_order() -> None:
+def test_equally_uncertain_rows_count_with_their_mean_loss() -> None:
     loss = np.array([1.0, 0.0, 0.0, 0.0])
     assert risk_coverage(loss, np.ones(4)).tolist() == [0.25] * 4
     tied = risk_coverage(loss, np.array([2.0, 2.0, 1.0, 3.0]))
@@ -68,8 +68,8 @@ def test_rows_that_are_equally_sure_come_in_any_order() -> None:
 @given(st.integers(0, 2**32), st.integers(1, 40))
 def test_no_order_has_less_risk_than_that_of_the_losses(seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
-    loss, doubt = rng.random(rows), rng.integers(5, size=rows).astype(np.float64)
-    risk = risk_coverage(loss, doubt)
+    loss, uncertainty = rng.random(rows), rng.integers(5, size=rows).astype(np.float64)
+    risk = risk_coverage(loss, uncertainty)
     assert risk[-1] == pytest.approx(loss.mean())
     assert risk_coverage(loss, loss).mean() <= risk.mean() + 1e-12
     assert risk.mean() <= risk_coverage(loss, -loss).mean() + 1e-12

@@ -1,4 +1,4 @@
-"""Small data sets that a network learns in a moment, and small networks for them."""
+"""Small data sets that a network learns within seconds, and small networks for them."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from dropserve.model.networks import NetworkConfig, NetworkName
 
 
 def two_classes(rows: int = 200, seed: int = 0) -> Dataset:
-    """Rows of three features; the class is the sign of the first."""
+    """Make rows of three features; the class is the sign of the first."""
     x = np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.int64)
     return Dataset("toy", "classification", x, y, ("a", "b", "c"), ("below", "above"))
 
 
 def two_targets(rows: int = 200, seed: int = 0) -> Dataset:
-    """Rows of three features; the two targets are linear in them, with noise."""
+    """Make rows of three features; two targets are linear in them, with noise."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 3)).astype(np.float32)
     y = x @ np.array([[1.0, 0.0], [2.0, -1.0], [0.0, 3.0]]) + rng.normal(0.0, 0.1, (rows, 2))
@@ -26,7 +26,7 @@ def two_targets(rows: int = 200, seed: int = 0) -> Dataset:
 
 
 def noisy_classes(rows: int, seed: int = 0) -> Dataset:
-    """Rows of two features; three classes that overlap."""
+    """Make rows of two features and three overlapping classes."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 2)).astype(np.float32)
     logits = 2 * x @ np.array([[1.0, -0.5, -0.5], [0.0, 0.87, -0.87]])
@@ -35,7 +35,7 @@ def noisy_classes(rows: int, seed: int = 0) -> Dataset:
 
 
 def noisy_targets(rows: int, seed: int = 0) -> Dataset:
-    """Rows of a feature between -2 and 2; two targets whose noise grows with it, tenfold."""
+    """Make rows of one feature from -2 to 2; the noise of two targets grows tenfold with it."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(-2, 2, (rows, 1)).astype(np.float32)
     noise = noisy_targets_std(x) * rng.normal(size=(rows, 2))
@@ -44,7 +44,7 @@ def noisy_targets(rows: int, seed: int = 0) -> Dataset:
 
 
 def noisy_targets_std(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the standard deviation ``[B, 1]`` of the noise of the first target."""
+    """Return the noise std ``[B, 1]`` of the first target of ``noisy_targets``."""
     std: NDArray[np.float64] = 0.05 * 10 ** ((x.astype(np.float64) + 2) / 4)
     return std
 
@@ -61,5 +61,5 @@ def config(
 
 
 def tree(folder: Path) -> list[str]:
-    """Everything below ``folder``, hidden files and empty directories too."""
+    """List everything below ``folder``, including hidden files and empty directories."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
