@@ -1,7 +1,6 @@
 """The real Dockerfile's cpu image, run as an orchestrator would: ``make image-test``."""
 
 import signal
-import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.conftest import ROOT, wait_for
+import dropserve
+from tests.conftest import wait_for
 from tests.deploy.containers import Engine, Running, megabytes
 from tests.end_to_end.test_console import loaded
 
@@ -126,10 +126,9 @@ def test_it_adds_at_most_300_megabytes_to_its_base(engine: Engine) -> None:
 
 
 def test_its_labels_say_what_it_is(engine: Engine) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     labels = orjson.loads(engine.inspect("image", TAG, "{{json .Config.Labels}}"))
-    assert labels["org.opencontainers.image.title"] == project["name"]
-    assert labels["org.opencontainers.image.version"] == project["version"]
+    assert labels["org.opencontainers.image.title"] == dropserve.__name__
+    assert labels["org.opencontainers.image.version"] == dropserve.__version__
 
 
 def test_models_mounted_on_it_answer_as_they_do_outside(
