@@ -1,11 +1,11 @@
-# Images of one project; docs/deployment.md says how to run them.
+# The project's images; docs/deployment.md says how to run them.
 #
 #   docker build --target cpu   --tag dropserve:cpu   .    serves on a CPU
 #   docker build --target cuda  --tag dropserve:cuda  .    serves on an NVIDIA GPU
 #   docker build --target train --tag dropserve:train .    trains and exports
 #
-# Serving images are put together from a virtual environment and a bundle that other stages made, so
-# neither torch nor what installed it is in them.
+# A serving image is a virtual environment and a bundle, copied from the stages that made them, so
+# it holds neither torch nor pip.
 
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -14,8 +14,8 @@ COPY pyproject.toml constraints.txt ./
 COPY deploy/requirements.py deploy/cuda-libraries.txt deploy/
 
 FROM build AS train
-# Where to find torch's CPU build. Without it torch comes from where all else does, which on PyPI
-# means gigabytes of CUDA that a network of this size has no use for.
+# The index of torch's CPU builds. Without it torch comes from the index of all other packages, and
+# PyPI's build brings gigabytes of CUDA libraries, which a network of this size does not need.
 ARG TORCH_INDEX=
 RUN if [ -n "$TORCH_INDEX" ]; then \
         pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"; \
@@ -25,8 +25,8 @@ RUN if [ -n "$TORCH_INDEX" ]; then \
 COPY dropserve dropserve
 COPY model model
 COPY export export
-RUN python -m model train --data digits --out /runs/digits \
-    && python -m export /runs/digits --models /models
+RUN python -m dropserve train --data digits --out /runs/digits \
+    && python -m dropserve export /runs/digits --models /models
 
 FROM build AS cpu-packages
 RUN python -m venv --without-pip /opt/dropserve \
@@ -50,9 +50,9 @@ RUN pip install --no-deps --target /project .
 
 FROM python:3.11-slim-bookworm AS served
 LABEL org.opencontainers.image.title="dropserve" \
-      org.opencontainers.image.description="Predictions of networks with dropout, and how sure they are of them" \
+      org.opencontainers.image.description="Serves predictions of networks with dropout, and their uncertainty" \
       org.opencontainers.image.version="0.2.0"
-# PYTHONSAFEPATH: what is mounted at /app or /export is never taken for the code.
+# PYTHONSAFEPATH: modules in the working directory never shadow the service's.
 ENV PATH=/opt/dropserve/bin:$PATH \
     PYTHONPATH=/project \
     PYTHONSAFEPATH=1 \
@@ -67,7 +67,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-ISc"
 ENTRYPOINT ["python", "-m", "dropserve.app"]
 
 FROM served AS cuda
-# Not auto: what was meant for a GPU should not run on a CPU unnoticed.
+# Not auto, with which an image for GPUs would run on a CPU without anybody noticing.
 ENV DROPSERVE_DEVICE=cuda
 COPY --from=cuda-packages /opt/dropserve /opt/dropserve
 

@@ -1,8 +1,9 @@
-# One target a task. `make run` and `make test` need nothing but Python 3.11, pip and a shell.
-# One onnxruntime: with CUDA's libraries where there is an NVIDIA driver, the same package on its
-# CPU provider on other Linux x86-64 machines, the CPU package elsewhere.
+# One target per task. `make run` and `make test` need nothing but Python 3.11, pip and a shell.
+# Only one onnxruntime can be installed: with CUDA's libraries where there is an NVIDIA driver, the
+# same package on its CPU provider on other Linux x86-64 machines, the CPU package elsewhere.
 RUNTIME := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(if $(wildcard /proc/driver/nvidia/version),cuda,gpu),cpu)
 PYTHON := .venv/bin/python
+PIP_INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt --editable
 INSTALL := $(if $(filter-out 0,$(shell id -u)),sudo) sh -c 'apt-get update && apt-get install --yes --no-install-recommends "$$0"'
 
 PEERS := litserve bentoml mlserver rayserve triton
@@ -10,25 +11,31 @@ BENCHMARKS := scaling-table calibration-table stratified predict-http reading mc
 
 .PHONY: run setup test test-slow uci-test image-test browser browser-test check check-console format screenshots bench bench-peers soak overload uci first-paint $(BENCHMARKS) lock
 run: models/digits
-	exec env DROPSERVE_DEBUG=1 $(PYTHON) -m app --models models --host 127.0.0.1 --port 8000
+	exec env DROPSERVE_DEBUG=1 .venv/bin/dropserve serve --models models --host 127.0.0.1 --port 8000
 
 models/digits: runs/digits
-	$(PYTHON) -m export runs/digits --models models
+	.venv/bin/dropserve export runs/digits --models models
 
-runs/digits: | setup
-	$(PYTHON) -m model train --data digits --out runs/digits
+runs/digits: | .venv/$(RUNTIME)
+	.venv/bin/dropserve train --data digits --out runs/digits
 
-setup: .venv/$(RUNTIME)
-
-.venv/%: pyproject.toml constraints.txt
+# All that `make run` needs: training, export and the service.
+.venv/$(RUNTIME): pyproject.toml constraints.txt
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[$*,otel,ray,train,dev]'
+	$(PIP_INSTALL) '.[$(RUNTIME),train]'
+	touch $@
+
+# The same environment with what the other targets need: tests, checks and benchmarks.
+setup: .venv/$(RUNTIME)-all
+
+.venv/$(RUNTIME)-all: .venv/$(RUNTIME)
+	$(PIP_INSTALL) '.[$(RUNTIME),train,score,ray,otel,dev]'
 	touch $@
 
 test: setup build/kserve/installed
 	$(PYTHON) -m pytest
 
-# What KServe publishes of its resources; the package itself asks for an older protobuf.
+# KServe's published schemas. Installed apart, since the package requires an older protobuf.
 build/kserve/installed: | setup
 	$(PYTHON) -m pip install --quiet --no-deps --target build/kserve kserve==0.21.0
 	touch $@
@@ -45,11 +52,11 @@ image-test: setup
 browser-test: setup browser build/npm/installed
 	$(PYTHON) -m pytest -m browser
 
-# Debian's, where there is none.
+# Debian's package, unless a browser is installed already.
 browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || $(INSTALL) chromium
 
-# What checks the console, pinned; the page itself needs none of it.
+# The console's pinned checkers; the page itself needs none of them.
 build/npm/installed: tests/console/package.json tests/console/package-lock.json
 	command -v npm || $(INSTALL) npm
 	mkdir -p build/npm
@@ -68,6 +75,7 @@ check: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 
 format: setup
 	$(PYTHON) -m ruff format .
@@ -90,8 +98,8 @@ bench-peers: setup build/peers/passes/installed $(PEERS:%=build/peers/%/installe
 	$(PYTHON) -m benchmarks.predict_http --peers $(RECORD)
 	build/peers/passes/bin/python -m benchmarks.mc_passes $(RECORD)
 
-# One environment for each peer. baal runs in one process with dropserve: its environment borrows our
-# packages, and leaves out the versions and packages that baal asks for and the comparison does not use.
+# Each peer has its own environment. baal is compared with dropserve in one process, so it is
+# installed without its requirements, beside this project's packages.
 build/peers/passes/installed: benchmarks/peers/passes.txt
 	python3 -m venv build/peers/passes
 	build/peers/passes/bin/python -m pip install --quiet --no-deps --requirement $<

@@ -1,1 +1,1 @@
-"""How the service is run by others: images, compose, Kubernetes, Ray."""
+"""Deployments of the service: images, Kubernetes, KServe, monitoring, Ray."""

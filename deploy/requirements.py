@@ -1,6 +1,6 @@
-"""Print what the project needs with some extras: ``python deploy/requirements.py cpu train``.
+"""Print the project's requirements with some extras: ``python deploy/requirements.py cpu train``.
 
-Images install it in a layer of its own, which a change of the code leaves as it is.
+The images install them in a layer of their own, which a change of the code leaves cached.
 """
 
 import sys

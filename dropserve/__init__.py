@@ -1,12 +1,12 @@
 """Train networks with dropout, export them to ONNX, and serve predictions with their uncertainty.
 
-Three packages, which lie at the top of the repository and are linked from here: ``model`` trains
-(torch), ``export`` turns a trained network into a bundle (torch, onnx), ``app`` serves bundles
-(onnxruntime, no torch). docs/architecture.md describes them.
+Three packages, whose folders are at the top of the repository and linked from here: ``model``
+trains (torch), ``export`` turns a trained network into a bundle (torch, onnx), ``app`` serves
+bundles (onnxruntime, no torch). docs/architecture.md describes them.
 
-Array shapes are written with these letters throughout:
+Array shapes use these letters throughout:
 
-    B  rows of a request or of a data set       T  passes of one row
+    B  rows of a request or of a data set       T  passes per row
     C  outputs (classes or targets)             N  row-passes: the sum of T over rows
     D  features, or the input's own axes        H  units of a layer
 """
@@ -15,5 +15,5 @@ import os
 
 __version__ = "0.2.0"
 
-# onnxruntime's official builds send telemetry unless told not to before they are loaded.
+# onnxruntime's official builds send telemetry unless this is set before they are loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -8,7 +8,8 @@ from dropserve.commandline import COMMANDS, run
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    return run("dropserve", (dropserve.__doc__ or "").splitlines()[0], COMMANDS, sys.argv[1:])
+    description = (dropserve.__doc__ or "").partition("\n")[0]
+    return run("dropserve", description, COMMANDS, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands: which there are, how one is chosen and how its usage errors look."""
+"""The table of commands, how one is started, and the format of usage errors."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -7,15 +7,17 @@ from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
-    """A command, imported only when it is run, since none needs what another is built on.
+    """A command, whose module is imported only when the command runs.
+
+    No command then needs the packages of another: serving works without torch.
 
     Parameters
     ----------
     module, function
-        Where it is. The function takes the arguments after the command's name and what usage
-        messages call the command, and returns the exit status.
+        The function takes the arguments after the command's name, and the name by which usage
+        messages call the command; it returns the exit status.
     extra
-        The extra of the distribution that installs what the command needs.
+        The extra of the distribution that installs the command's packages.
     help
         One line for the list of commands.
     """
@@ -42,8 +44,6 @@ COMMANDS = {
     ),
     "key": Command("dropserve.app.cli.keys", "command", "cpu", "make API keys for the service"),
 }
-# Packages that commands of several extras need, and the extra that each is in.
-SHARED_EXTRAS = {"onnxruntime": "cpu"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,9 +52,9 @@ class OneLineParser(argparse.ArgumentParser):
     Parameters
     ----------
     prog, description, formatter_class, add_help
-        As of argparse.
+        As in argparse.
     command
-        What an error begins with; by default ``prog``.
+        The first words of an error message; by default ``prog``.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.command = command or prog
 
     def error(self, message: str) -> NoReturn:
-        """Leave with one line on standard error."""
+        """Exit with one line on standard error."""
         self.exit(2, f"{self.command}: error: {message}\n")
 
 
 def run(prog: str, description: str, names: Iterable[str], arguments: Sequence[str]) -> int:
-    """Run the command that the first argument names, one of ``names``; return the exit status.
+    """Run the command named by the first argument, one of ``names``; return the exit status.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def start(name: str, prog: str, arguments: Sequence[str]) -> int:
     Raises
     ------
     SystemExit
-        With status 1 and one line if a package is missing that an extra installs.
+        With status 1 and one line naming the extra to install, if a package is missing.
     """
     command = COMMANDS[name]
     try:
@@ -107,8 +107,17 @@ def start(name: str, prog: str, arguments: Sequence[str]) -> int:
         )
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing == "dropserve":
+        if missing in ("", "dropserve"):
             raise
-        extra = SHARED_EXTRAS.get(missing, command.extra)
-        raise SystemExit(f"error: {name} needs {missing}: install the extra '{extra}'") from None
+        raise SystemExit(
+            f"error: {name} needs {missing}: install {extra_with(missing, command)}"
+        ) from None
     return function(arguments, prog)
+
+
+def extra_with(package: str, command: Command) -> str:
+    """Name the extra that installs a package for a command."""
+    if package == "onnxruntime":
+        # Commands of several extras need it, and the machine decides which one fits.
+        return "one of the extras 'cpu', 'gpu' and 'cuda'"
+    return f"the extra '{command.extra}'"

@@ -1,8 +1,8 @@
 """The service on a Ray cluster: ``serve run deploy.ray.app:app``.
 
-Ray starts the replicas, spreads them over the nodes, scales them and hands them requests. Each is
-what one worker process of the service is, with the same HTTP interface; ``DROPSERVE_...`` variables
-set it up where this is run, but for what is Ray's: listening, connections, processes.
+Ray starts the replicas, spreads them over the nodes, scales them and routes requests to them. A
+replica is one worker of the service, with the same HTTP interface. ``DROPSERVE_...`` variables of
+the command configure it, except for Ray's part: listening, connections and processes.
 """
 
 import numpy as np
@@ -16,20 +16,20 @@ from dropserve.app.inference.registry import load_engines
 from dropserve.app.processes.worker import Load, Unload, Worker, read_keys
 from dropserve.app.settings import Settings
 
-# Requests that a replica should have at a time: what keeps one core busy, and no more.
+# Concurrent requests per replica at which Ray scales: enough to keep one core busy.
 TARGET_REQUESTS = 16
 EVERYWHERE = "0.0.0.0"
 
 
 class Options(BaseModel):
-    """What ``serve run deploy.ray.app:app NAME=VALUE ...`` may say."""
+    """Options of ``serve run deploy.ray.app:app NAME=VALUE ...``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(8, ge=1)
-    num_cpus: float = Field(1, ge=0, description="Of a replica.")
-    num_gpus: float = Field(0, ge=0, description="Of a replica; a part of one may be shared.")
+    num_cpus: float = Field(1, ge=0, description="CPUs of a replica.")
+    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction shares one.")
 
 
 class Replica(Worker):
@@ -39,11 +39,11 @@ class Replica(Worker):
         super().__init__(settings, load_engines(settings.models, settings.device, threads))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        # By being a coroutine function it tells uvicorn, which Ray asks, of the interface.
+        # Ray has uvicorn detect the interface, and a coroutine function tells it ASGI 3.
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             async def send_unnamed(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    # Ray has given the request its id, and sends that itself.
+                    # Ray assigns the request's id and sends this header itself.
                     headers = message.get("headers", ())
                     message["headers"] = [each for each in headers if each[0] != b"x-request-id"]
                 await send(message)
@@ -53,14 +53,14 @@ class Replica(Worker):
         return application
 
     def check_health(self) -> None:
-        """Raise if a model does not run any more; Ray then starts another replica."""
+        """Raise if a model no longer runs, upon which Ray starts another replica."""
         for versions in self.service.registry.served.values():
             for runner in versions.values():
                 row = np.zeros((1, *runner.manifest.input.shape), np.float32)
                 runner.engine.predict(row)
 
     async def handle(self, message: object) -> object:
-        """Do what all workers are asked to do, but for what one replica would do alone."""
+        """Handle messages to all workers, except changes that would reach only one replica."""
         if isinstance(message, Load | Unload):
             raise LoadError("on Ray the models change when the application is deployed again")
         return await super().handle(message)
@@ -72,21 +72,21 @@ def app(options: Options) -> serve.Application:
     Raises
     ------
     StartError
-        If there are no keys, and it is not said that all may ask.
+        If there are no keys, and the service is not declared open.
     """
     settings = CliApp.run(Settings, cli_args=[])
-    # Where Ray listens nobody tells us; for some ways to start it that is all addresses.
+    # Ray does not tell on which address it listens; it can be all of them.
     update: dict[str, object] = {"host": EVERYWHERE}
     # A replica has another working directory.
     for name in ("models", "api_keys_file"):
         if path := getattr(settings, name):
             update[name] = path.resolve()
     if settings.device == "auto":
-        # What was meant for a GPU should not run on a CPU unnoticed, and what was not should not
-        # take one that Ray has given to others.
+        # A deployment meant for a GPU must not run on a CPU unnoticed, and one without a GPU must
+        # not take the GPU that Ray has given to others.
         update["device"] = "cuda" if options.num_gpus else "cpu"
     settings = settings.model_copy(update=update)
-    # To say what is missing here, too, and not only in the log of a replica.
+    # Report missing keys here too, not only in a replica's log.
     read_keys(settings)
     threads = max(1, int(options.num_cpus)) if settings.threads == "auto" else settings.threads
     deployment = serve.deployment(
@@ -97,7 +97,7 @@ def app(options: Options) -> serve.Application:
             "max_replicas": options.max_replicas,
             "target_ongoing_requests": TARGET_REQUESTS,
         },
-        # The replica itself refuses what it has no room for, and says when to ask again.
+        # Under overload the replica itself refuses requests, with a Retry-After.
         max_ongoing_requests=settings.max_connections,
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )

@@ -1,7 +1,7 @@
-"""Build and run images: with a Docker engine, or where there is none with a stand-in.
+"""Build and run images with a Docker engine, or with a stand-in on a machine without one.
 
-The stand-in, ``../shared/tools/container``, builds with buildah and runs with podman, on a base
-image made of Debian's packages under the public one's name.
+The stand-in, ``../shared/tools/container``, builds with buildah and runs with podman. Its base
+image is made of Debian's packages and has the public image's name.
 """
 
 import re
@@ -18,7 +18,7 @@ from tests.conftest import ROOT, wait_for_url
 STAND_IN = ROOT.parent / "shared" / "tools" / "container"
 BUILD_SECONDS = 1800
 RUN_SECONDS = 120
-# As an orchestrator that trusts nobody runs it.
+# The confinement of a strict orchestrator.
 CONFINED = (
     *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
     *("--memory", "512m", "--pids-limit", "100"),
@@ -26,7 +26,7 @@ CONFINED = (
 
 
 class Running(NamedTuple):
-    """A container that serves."""
+    """A running container of the service."""
 
     name: str
     url: str
@@ -34,7 +34,7 @@ class Running(NamedTuple):
 
 
 class Engine:
-    """What builds and runs images here."""
+    """The engine that builds and runs images on this machine."""
 
     def __init__(self) -> None:
         self.docker = succeeds("docker", "info")
@@ -47,7 +47,7 @@ class Engine:
         arguments = (
             ["docker", "build", "--tag", tag, "--target", target, "."]
             if self.docker
-            # Of the formats that buildah knows, one has health checks.
+            # Of buildah's formats, only this one has health checks.
             else [str(STAND_IN), "build", tag, ".", "--target", target, "--format", "docker"]
         )
         done = subprocess.run(
@@ -61,19 +61,19 @@ class Engine:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     def arguments(self, tag: str, options: Sequence[str], command: Sequence[str]) -> list[str]:
-        """Return what runs an image, confined, on this machine's network."""
+        """Return the command that runs an image, confined, on this machine's network."""
         if self.docker:
             run = ["docker", "run", "--rm", "--network", "host", *CONFINED, *options]
             return [*run, tag, *command]
-        # podman alone mounts tmpfs beside a root file system that is read-only.
+        # Unlike Docker, podman adds tmpfs mounts to a read-only root file system by default.
         run = [str(STAND_IN), "run", tag, "--read-only-tmpfs=false", *CONFINED, *options]
         return [*run, "--", *command]
 
     def run(
         self, tag: str, *command: str, options: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """Run an image to its end."""
-        # Where there is no systemd podman complains of health checks.
+        """Run an image until it exits."""
+        # Without systemd podman complains about health checks.
         return subprocess.run(
             self.arguments(tag, ["--no-healthcheck", *options], command),
             capture_output=True,
@@ -83,7 +83,7 @@ class Engine:
         )
 
     def inspect(self, kind: str, name: str, template: str) -> str:
-        """Say something of an image or container, as Docker's templates have it."""
+        """Return a property of an image or container, by a template of Docker's."""
         return subprocess.run(
             [self.command, kind, "inspect", "--format", template, name],
             capture_output=True,
@@ -93,8 +93,8 @@ class Engine:
         ).stdout.strip()
 
     def inside(self, container: str, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in a container that runs."""
-        # podman's own default looks for systemd, as its stand-in for running does not.
+        """Run a command in a running container."""
+        # podman's default needs systemd; the stand-in runs containers with this manager, too.
         how = [] if self.docker else ["--cgroup-manager=cgroupfs"]
         return subprocess.run(
             [self.command, *how, "exec", container, *command],
@@ -106,7 +106,7 @@ class Engine:
 
     @contextmanager
     def serve(self, tag: str, *options: str) -> Iterator[Running]:
-        """Serve on a free port until the block ends; it must then end well."""
+        """Serve on a free port until the block ends; the service must then exit with status 0."""
         name = f"dropserve-test-{uuid.uuid4().hex}"
         options = ("--name", name, "--env", "DROPSERVE_PORT=0", *options)
         with tempfile.TemporaryFile("w+") as log:
@@ -125,13 +125,13 @@ class Engine:
 
 
 def succeeds(*command: str) -> bool:
-    """Tell whether a command is there and succeeds."""
+    """Tell whether a command exists and succeeds."""
     if shutil.which(command[0]) is None:
         return False
     return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
 
 
 def megabytes(text: str) -> float:
-    """Read a number of bytes as megabytes."""
+    """Convert a number of bytes, as text, to megabytes."""
     assert re.fullmatch(r"\d+", text)
     return int(text) / 1e6

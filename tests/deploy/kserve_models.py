@@ -1,9 +1,9 @@
-"""Hold an InferenceService against the models that KServe publishes for Python.
+"""Check an InferenceService against the models that KServe publishes for Python.
 
-KServe's package asks for versions of others that this project does not have. It is installed apart
-and never imported: what its models declare is read from their text. Kubernetes' own types are not
-among them; what is of such a type is named to the caller, who puts the pod's fields into a Pod, for
-which there is a schema.
+KServe's package requires versions that conflict with this project's, so it is installed apart and
+never imported: the declarations of its models are read from their source. These do not include
+Kubernetes' own types. `check` yields the places of such values, and `pod` turns the pod's fields
+into a Pod, for which Kubernetes publishes a schema.
 """
 
 import ast
@@ -16,25 +16,25 @@ from typing import Any
 MODELS = Path(__file__).parents[2] / "build" / "kserve" / "kserve" / "models"
 LIST = re.compile(r"list\[(\w+)\]")
 DICT = re.compile(r"dict\(str, (\w+)\)")
-# KServe's own are V1beta1... and V1alpha1...
+# KServe's own types are V1beta1... and V1alpha1...
 KUBERNETES = re.compile(r"V1[A-Z]\w+")
 PLAIN: dict[str, type] = {"str": str, "int": int, "bool": bool}
-# How the models say that a field must be there.
+# The message by which a model shows that a field is required.
 REQUIRED = re.compile(r"Invalid value for `(\w+)`, must not be `None`")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is declared of the fields of an object, by their names in JSON."""
+    """Types of an object's fields, by their names in JSON, and which of them are required."""
 
     types: dict[str, str]
     required: frozenset[str]
 
 
 def read(name: str) -> Model | None:
-    """Return a model, or None if KServe publishes none of this name."""
+    """Return the model of a name, or None if KServe publishes none."""
     if not MODELS.exists():
-        raise FileNotFoundError("KServe's models are not there: make build/kserve/installed")
+        raise FileNotFoundError("KServe's models are missing: make build/kserve/installed")
     published = (MODELS / "__init__.py").read_text()
     found = re.search(rf"^from kserve\.models\.(\w+) import {name}$", published, re.MULTILINE)
     if not found:
@@ -58,12 +58,12 @@ def read(name: str) -> Model | None:
 
 
 def check(value: object, declared: str, where: str) -> Iterator[str]:
-    """Go through a value; yield where there is one of a type of Kubernetes.
+    """Check a value; yield the paths of values whose types are Kubernetes' own.
 
     Raises
     ------
     ValueError
-        If a field is not known, is missing, or is not of the declared type.
+        If a field is unknown, missing, or not of the declared type.
     """
     if isinstance(value, list) and (found := LIST.fullmatch(declared)):
         for item in value:
@@ -78,13 +78,13 @@ def check(value: object, declared: str, where: str) -> Iterator[str]:
             yield from check(field, model.types[name], f"{where}.{name}")
     elif KUBERNETES.fullmatch(declared):
         yield where
-    # Not isinstance: a bool is an int then.
+    # Not isinstance, for which a bool is an int.
     elif type(value) is not PLAIN.get(declared):
         raise ValueError(f"{where}: {value!r} is not of the type {declared}")
 
 
 def pod(service: dict[str, Any]) -> dict[str, Any]:
-    """Return the pod that the predictor of an InferenceService describes."""
+    """Return the Pod described by the predictor of an InferenceService."""
     fields = read("V1beta1PodSpec")
     assert fields
     predictor = service["spec"]["predictor"]

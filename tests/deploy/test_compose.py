@@ -1,4 +1,4 @@
-"""docker-compose.yml is valid, agrees with the service, and lets nobody in unasked."""
+"""docker-compose.yml is valid, agrees with the service, and requires keys."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TEXT = FILE.read_text()
 SERVICES = ("api", "api-cpu")
 OTHERS = ("prometheus", "grafana")
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
-# Stands for Docker where the file's first lines call it: runs here what an image would run.
+# Stands in for Docker in the commands of the file's first lines: runs the image's command here.
 DOCKER = f"""#!{sys.executable}
 import os, sys
 if sys.argv[1] == "run":
@@ -32,7 +32,7 @@ if sys.argv[1] == "run":
 
 
 def composed(**environment: str) -> Any:
-    """Read the file as Compose does in an environment."""
+    """Read the file as Compose does, with these environment variables."""
     return yaml.safe_load(VARIABLE.sub(lambda found: environment.get(found[1], found[2]), TEXT))
 
 
@@ -40,7 +40,7 @@ COMPOSE = composed()
 
 
 def variables(service: str, **environment: str) -> dict[str, str]:
-    """Return the variables that a service gets."""
+    """Return the environment variables of a service."""
     found = composed(**environment)["services"][service]["environment"]
     return {name: str(value) for name, value in found.items()}
 
@@ -53,7 +53,7 @@ def settings(patch: pytest.MonkeyPatch, service: str, **environment: str) -> Set
 
 
 def checked(file: Path) -> subprocess.CompletedProcess[str]:
-    """Hold a file against the schema of the Compose specification."""
+    """Check a file against the schema of the Compose specification."""
     command = Path(sys.executable).with_name("check-jsonschema")
     return subprocess.run(
         [command, "--builtin-schema", "vendor.compose-spec", file],
@@ -85,7 +85,7 @@ def test_variables_are_settings_and_so_is_what_sets_them(
     assert variables(service).keys() <= names
     for name, value in yaml.safe_load(TEXT)["services"][service]["environment"].items():
         assert [found[1] for found in VARIABLE.finditer(value)] in ([], [name])
-    # Raises where a value is not accepted.
+    # Raises if a value is invalid.
     settings(monkeypatch, service)
 
 
@@ -194,7 +194,7 @@ def test_the_commands_in_its_first_lines_make_keys_that_the_containers_can_read(
     folder = tmp_path / "checkout"
     folder.mkdir()
     done = subprocess.run(
-        # A user's files may be closed to others.
+        # A user's default may be to close files to others.
         ["sh", "-ec", "\n".join(["umask 077", *commands])],
         cwd=folder,
         env=os.environ | {"PATH": f"{docker.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},

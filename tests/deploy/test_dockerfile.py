@@ -1,4 +1,4 @@
-"""What the Dockerfile says, held against the project, without building it (see ``test_image``)."""
+"""The Dockerfile agrees with the project; ``test_image`` builds it."""
 
 import re
 from importlib import metadata

@@ -1,7 +1,6 @@
-"""The real Dockerfile's cpu image, run as an orchestrator would: ``make image-test``."""
+"""The Dockerfile's cpu image, run as by an orchestrator: ``make image-test``."""
 
 import signal
-import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.conftest import ROOT, wait_for
+import dropserve
+from tests.conftest import wait_for
 from tests.deploy.containers import Engine, Running, megabytes
 from tests.end_to_end.test_console import loaded
 
@@ -26,7 +26,7 @@ DIGIT = [
     *([0, 1, 8, 10, 14, 10, 0, 0], [0, 12, 10, 6, 6, 16, 2, 0], [0, 3, 0, 0, 7, 14, 1, 0]),
     *([0, 0, 0, 0, 9, 11, 0, 0], [0, 0, 0, 0, 2, 16, 1, 0], [0, 0, 0, 0, 0, 8, 12, 0]),
     *([0, 0, 4, 0, 2, 11, 9, 0], [0, 0, 12, 16, 14, 12, 4, 0]),
-]  # the README's, a 3
+]  # the README's digit, a 3
 WHAT_IS_THERE = """
 import importlib.util, json, os, shutil
 found = [os.path.join(at, name) for at, folders, files in os.walk("/")
@@ -90,7 +90,7 @@ def test_it_runs_without_root_capabilities_or_a_way_to_gain_them(
     assert {int(status[field], 16) for field in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"].strip() == "1"
     command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    # No shell in between that would keep signals to itself.
+    # No shell in between, which would not pass signals on.
     assert command[:3] == [b"python", b"-m", b"dropserve.app"]
 
 
@@ -106,7 +106,7 @@ def test_its_health_check_succeeds_while_it_is_ready_alone(
     check = orjson.loads(engine.inspect("image", TAG, "{{json .Config.Healthcheck.Test}}"))
     assert check[0] == "CMD"
     port = running.url.rpartition(":")[2]
-    # The service is told to take any free port; the check of a real one is told which it is.
+    # The service here took any free port, so the check has to be told which.
     for number, status in ((port, 0), ("1", 1)):
         done = engine.inside(running.name, "env", f"DROPSERVE_PORT={number}", *check[1:])
         assert done.returncode == status, done.stderr
@@ -126,10 +126,9 @@ def test_it_adds_at_most_300_megabytes_to_its_base(engine: Engine) -> None:
 
 
 def test_its_labels_say_what_it_is(engine: Engine) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     labels = orjson.loads(engine.inspect("image", TAG, "{{json .Config.Labels}}"))
-    assert labels["org.opencontainers.image.title"] == project["name"]
-    assert labels["org.opencontainers.image.version"] == project["version"]
+    assert labels["org.opencontainers.image.title"] == dropserve.__name__
+    assert labels["org.opencontainers.image.version"] == dropserve.__version__
 
 
 def test_models_mounted_on_it_answer_as_they_do_outside(
@@ -151,7 +150,7 @@ def test_told_to_end_it_answers_what_it_has_taken(engine: Engine) -> None:
     with engine.serve(TAG, *OPEN) as running, ThreadPoolExecutor() as threads:
         long = threads.submit(httpx.post, f"{running.url}/uncertainty", json=body, timeout=60)
         wait_for(lambda: "dropserve_queue_rows 0.0" not in httpx.get(f"{running.url}/metrics").text)
-        # The engine's client hands it on, as it would on `docker stop`.
+        # The engine's client passes the signal on, like `docker stop`.
         running.process.send_signal(signal.SIGTERM)
         assert long.result().status_code == 200
         assert running.process.wait(timeout=30) == 0

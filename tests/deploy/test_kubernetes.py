@@ -1,4 +1,4 @@
-"""What deploy/kubernetes describes is valid, and is the service that there is."""
+"""The objects of deploy/kubernetes are valid, and agree with the service."""
 
 import copy
 import re
@@ -27,7 +27,7 @@ Rendered = dict[str, list[Object]]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 RELEASE = "1.37"
 FOLDERS = sorted(file.parent.name for file in KUBERNETES.glob("*/kustomization.yaml"))
-# Those that make a Deployment of their own, and what belongs to it.
+# Folders with a Deployment, and the objects that belong to it.
 DEPLOYED = ["base", "gpu"]
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
@@ -36,12 +36,12 @@ every_deployment = pytest.mark.parametrize("folder", DEPLOYED)
 
 
 def render(folder: Path) -> list[Object]:
-    """Have kubectl write the objects of a folder."""
+    """Return the objects of a folder, rendered by kubectl."""
     kubectl = Path(sys.executable).with_name("kubectl")
     done = subprocess.run(
         [kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False
     )
-    # It warns of what is deprecated.
+    # Standard error has warnings of deprecated fields.
     assert (done.returncode, done.stderr) == (0, "")
     return list(yaml.safe_load_all(done.stdout))
 
@@ -53,7 +53,7 @@ def rendered() -> Rendered:
 
 @pytest.fixture(scope="module")
 def guarded(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A service with keys; its client has one, in the header that Prometheus would send."""
+    """A client of a service with keys; it sends one in the same header as Prometheus."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     made = run("app", "key", "new", "--scope", "predict", "--name", "me", "--file", str(file))
     with service(built / "models", DROPSERVE_API_KEYS_FILE=str(file)) as client:
@@ -68,7 +68,7 @@ def one(objects: list[Object], kind: str) -> Object:
 
 
 def pod_of(objects: list[Object]) -> Object:
-    """Return what is said of the pods: by a Deployment, or by the predictor of KServe."""
+    """Return the spec of the pods, from a Deployment or from KServe's predictor."""
     for each in objects:
         if each["kind"] == "Deployment":
             return dict(each["spec"]["template"]["spec"])
@@ -76,13 +76,13 @@ def pod_of(objects: list[Object]) -> Object:
 
 
 def container_of(objects: list[Object]) -> Object:
-    """Return the only container of the pods."""
+    """Return the pods' only container."""
     (container,) = pod_of(objects)["containers"]
     return dict(container)
 
 
 def settings_of(objects: list[Object]) -> Settings:
-    """Return the settings that a service would find in the container."""
+    """Return the settings that the service reads in the container."""
     with pytest.MonkeyPatch.context() as environment:
         for name in Settings.model_fields:
             environment.delenv(f"DROPSERVE_{name.upper()}", raising=False)
@@ -92,15 +92,15 @@ def settings_of(objects: list[Object]) -> Settings:
 
 
 def check(thing: Object) -> None:
-    """Raise ValueError or kubernetes_validate.ValidationError unless its kind's schema holds."""
+    """Raise ValueError or kubernetes_validate.ValidationError if an object violates its schema."""
     group = thing["apiVersion"].partition("/")[0]
     if group == "monitoring.coreos.com":
-        # The model drops what it does not know.
+        # The model drops unknown fields.
         known = ServiceMonitor.model_validate(thing).model_dump(
             mode="json", by_alias=True, exclude_unset=True
         )
         if known != thing:
-            raise ValueError(f"of {thing} is known only {known}")
+            raise ValueError(f"{thing} has unknown fields: only {known} is known")
     elif group == "serving.kserve.io":
         pod = kserve_models.pod(thing)
         of_kubernetes = set(kserve_models.check(thing, "V1beta1InferenceService", ""))
@@ -109,7 +109,7 @@ def check(thing: Object) -> None:
             raise ValueError(f"a pod has no {left}")
         check(pod)
     else:
-        # It takes an older release's schema where it does not have this one's.
+        # Without this release's schema, it would use an older one's.
         assert kubernetes_validate.validate(thing, RELEASE, strict=True) == RELEASE
 
 
@@ -185,7 +185,7 @@ def test_a_pod_asks_for_keys_that_it_can_read(rendered: Rendered, folder: str) -
     assert settings.api_keys_file == Path(mount["mountPath"]) / "keys.json"
     assert not settings.open
     assert mount == {"name": volume["name"], "mountPath": mount["mountPath"], "readOnly": True}
-    # Its owner is root, its group this.
+    # The file's owner is root, and its group is this one.
     assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
     assert volume["secret"]["defaultMode"] & 0o777 == 0o440
 
@@ -252,7 +252,7 @@ def test_a_pod_gets_the_time_that_its_service_takes_to_end(rendered: Rendered, f
     settings = settings_of(rendered[folder])
     takes = settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS
     assert pod_of(rendered[folder])["terminationGracePeriodSeconds"] >= takes
-    # As long as it is until a pod that is not ready is not sent requests any more.
+    # Longer than Kubernetes takes to notice that a pod is not ready.
     probe = container_of(rendered[folder])["readinessProbe"]
     assert settings.drain_delay_seconds >= probe["periodSeconds"] * probe["failureThreshold"]
 
@@ -266,13 +266,13 @@ def test_a_container_says_what_it_needs_and_gets_no_less(rendered: Rendered, fol
     assert in_bytes(needs["memory"]) <= in_bytes(most["memory"])
     devices = {name: most[name] for name in most.keys() - needs.keys()}
     assert devices == ({"nvidia.com/gpu": "1"} if folder == "gpu" else {})
-    # Nodes with such devices are kept for those who ask for them, under the same name.
+    # Nodes with such devices have a taint of the same name.
     tolerations = pod_of(rendered[folder]).get("tolerations", [])
     assert [each["key"] for each in tolerations] == list(devices)
 
 
 def in_bytes(quantity: str) -> int:
-    """Read an amount of memory."""
+    """Convert an amount of memory to bytes."""
     return int(quantity[:-2]) << {"Mi": 20, "Gi": 30}[quantity[-2:]]
 
 
@@ -342,7 +342,7 @@ def test_the_service_has_the_metric_that_pods_are_scaled_by(
 ) -> None:
     metrics = one(rendered[folder], "HorizontalPodAutoscaler")["spec"]["metrics"]
     (name,) = [each["pods"]["metric"]["name"] for each in metrics if each["type"] == "Pods"]
-    # Of a counter, prometheus-adapter would offer the rate, under another name.
+    # prometheus-adapter would offer a counter's rate, under another name.
     assert f"\n# TYPE {name} gauge\n{name} " in client.get("/metrics").text
 
 
@@ -352,13 +352,13 @@ def test_pods_are_left_that_answer(rendered: Rendered, folder: str) -> None:
     scaler = one(objects, "HorizontalPodAutoscaler")["spec"]
     assert "replicas" not in one(objects, "Deployment")["spec"]
     assert scaler["minReplicas"] < scaler["maxReplicas"]
-    # A node can be drained, and an update goes on, while there are the fewest pods.
+    # Even with the fewest pods, a node can be drained and an update proceeds.
     assert (
         1 <= one(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] < scaler["minReplicas"]
     )
     update = one(objects, "Deployment")["spec"]["strategy"]["rollingUpdate"]
     assert update["maxUnavailable"] < scaler["minReplicas"]
-    # One more than there is a GPU for would never start.
+    # A surge pod without a free GPU would never start.
     expected = {"maxUnavailable": 1, "maxSurge": 0}
     assert (update == expected) == (folder == "gpu")
     assert update["maxUnavailable"] + update["maxSurge"] > 0
@@ -379,7 +379,7 @@ def test_kserves_clients_find_the_model_under_the_services_name(
 
 
 def test_kserve_is_told_in_its_own_words(rendered: Rendered) -> None:
-    """Its models for Python declare these as any text; its controller knows some only."""
+    """KServe's models accept any text here; its controller knows only some values."""
     thing = one(rendered["kserve"], "InferenceService")
     assert thing["metadata"]["annotations"] == {"serving.kserve.io/deploymentMode": "Standard"}
     assert container_of(rendered["kserve"])["name"] == "kserve-container"

@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana are to show and to warn of is what the service exposes."""
+"""Dashboards and alerts query metrics that the service exposes."""
 
 import json
 import re
@@ -35,13 +35,13 @@ Exposed = dict[str, list[Labels]]  # the labels of a name's samples
 
 
 class Query(NamedTuple):
-    """A query, and the text that is made with the labels of its result."""
+    """A query, and the text that uses the labels of its result."""
 
     expression: str
     text: str
 
 
-# Grafana puts a duration there.
+# Grafana replaces this variable by a duration.
 PANELS = {
     f"{panel['title']} {target['refId']}": Query(
         target["expr"].replace("$__rate_interval", "1m"), target.get("legendFormat", "")
@@ -55,7 +55,7 @@ QUERIES = PANELS | RULED
 
 @pytest.fixture(scope="module")
 def exposed(client: httpx.Client, examples: Callable[[str], list[object]]) -> Exposed:
-    """What Prometheus has of a service that was asked for some of everything."""
+    """The series that Prometheus reads from a service after requests of several kinds."""
     question = {"model": "digits", "inputs": examples("digits")[:1]}
     assert client.post("/predict", json=question).status_code == 200
     assert client.post("/uncertainty", json=question | {"passes": 10}).status_code == 200
@@ -74,19 +74,19 @@ def exposed(client: httpx.Client, examples: Callable[[str], list[object]]) -> Ex
 
 
 def nodes(expression: promql.Expr) -> list[promql.Expr]:
-    """Return all parts of an expression, itself the first."""
+    """Return an expression and all its parts."""
     found: list[promql.Expr] = []
     promql.walk(expression, found.append)
     return found
 
 
 def selectors(expression: promql.Expr) -> list[promql.VectorSelector]:
-    """Find what is asked for in an expression."""
+    """Return the selectors of an expression."""
     return [node for node in nodes(expression) if isinstance(node, promql.VectorSelector)]
 
 
 def groupings(expression: promql.Expr) -> Iterator[tuple[promql.Expr, list[str]]]:
-    """Find the labels by which something is added up or matched, with what must have them."""
+    """Return the labels by which parts of an expression aggregate or match, with those parts."""
     for node in nodes(expression):
         if isinstance(node, promql.AggregateExpr) and node.modifier:
             yield node, node.modifier.labels
@@ -95,7 +95,7 @@ def groupings(expression: promql.Expr) -> Iterator[tuple[promql.Expr, list[str]]
 
 
 def fits(labels: Labels, matcher: promql.Matcher) -> bool:
-    """Tell whether a sample may be meant; what a pattern allows need not have happened here."""
+    """Tell whether a matcher can select a sample; for a pattern, any value of the label will do."""
     value = labels.get(matcher.name)
     if matcher.op == promql.MatchOp.Equal:
         return value == matcher.value
@@ -103,7 +103,7 @@ def fits(labels: Labels, matcher: promql.Matcher) -> bool:
 
 
 def result_labels(expression: promql.Expr, exposed: Exposed) -> set[str]:
-    """Say which labels the result of an expression has."""
+    """Return the names of the labels of an expression's result."""
     for node in nodes(expression):
         if isinstance(node, promql.AggregateExpr):
             return set(node.modifier.labels if node.modifier else [])

@@ -1,4 +1,4 @@
-"""The service on a real Ray cluster of two nodes, started by the commands that the docs name."""
+"""The service on a real Ray cluster of two nodes, started by the commands in the docs."""
 
 import os
 import signal
@@ -28,20 +28,20 @@ CPUS_A_NODE = 2
 REPLICAS = 2
 START_SECONDS = 120
 CLIENTS = 8
-# More than one request of each client takes.
+# Longer than one request of each client takes.
 LOAD_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
 def haproxy() -> Iterator[Path]:
-    """A folder whose path is short enough for sockets in folders of Ray's own making."""
+    """A folder whose path is short enough for sockets in the folders that Ray makes below it."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A file of keys, and a key that may ask for everything."""
+    """A keys file, and a key with all scopes."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     scopes = ["--scope", "predict,debug,admin"]
     return file, run("app", "key", "new", *scopes, "--file", str(file)).stdout.strip()
@@ -49,7 +49,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def cluster(built: Path, haproxy: Path, key: tuple[Path, str]) -> Iterator[str]:
-    """A cluster with HAProxy, as deploy/ray/haproxy.env sets it up; yield its address."""
+    """A cluster with HAProxy, configured by deploy/ray/haproxy.env; yield its address."""
     environment = deployment.haproxy(haproxy) | {
         "DROPSERVE_MODELS": str(built / "models"),
         "DROPSERVE_DEVICE": "cpu",
@@ -60,7 +60,7 @@ def cluster(built: Path, haproxy: Path, key: tuple[Path, str]) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        # Ray reads the variables as it is imported.
+        # Ray reads the variables on import.
         from ray.cluster_utils import Cluster
 
         nodes = Cluster(
@@ -88,7 +88,7 @@ def ray(cluster: str, key: tuple[Path, str]) -> Iterator[httpx.Client]:
 
 
 def serve(*arguments: str) -> None:
-    """Run Ray's command."""
+    """Run Ray's command ``serve``."""
     done = subprocess.run(
         [str(Path(sys.executable).parent / "serve"), *arguments],
         cwd=ROOT,
@@ -119,7 +119,7 @@ def test_without_keys_it_is_to_be_said_that_all_may_ask(built: Path) -> None:
 
 
 def replicas(built: Path) -> dict[int, float]:
-    """Return the processor time of each replica of this cluster's, by process id."""
+    """Return the processor time of each replica of this cluster, by process id."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -195,7 +195,7 @@ def test_models_are_not_changed_in_one_replica_alone(ray: httpx.Client) -> None:
 def test_killing_a_replica_loses_no_acknowledged_request(
     ray: httpx.Client, built: Path, client: httpx.Client, examples: Callable[[str], list[Any]]
 ) -> None:
-    # Some 10 ms of work, so that the one that is killed is in the midst of some.
+    # About 10 ms of work, so that the killed replica is in the middle of a request.
     body = {"model": "digits", "inputs": examples("digits"), "passes": 500, "seed": 3}
     right = client.post("/uncertainty", json=body).json()
     answers: list[httpx.Response] = []
@@ -208,8 +208,8 @@ def test_killing_a_replica_loses_no_acknowledged_request(
                 try:
                     answers.append(own.post("/uncertainty", json=body))
                 except (httpx.RemoteProtocolError, httpx.NetworkError):
-                    # HAProxy closes connections when it is told of another replica. What crosses
-                    # that is not answered, and its client asks once more, as of any server.
+                    # HAProxy closes connections when its list of replicas changes. A request
+                    # that crosses this gets no response, and its client sends it again.
                     unanswered.append(body)
                     answers.append(own.post("/uncertainty", json=body))
 
@@ -231,11 +231,11 @@ def test_killing_a_replica_loses_no_acknowledged_request(
         for each in clients:
             each.join()
     assert {answer.status_code for answer in answers} == {200}
-    # Not those that the replica had, of which each client had one: they are given to another.
+    # Requests of the killed replica, one per client, are repeated on another by HAProxy.
     assert len(unanswered) < CLIENTS // 2
     for answer in answers:
         assert np.allclose(answer.json()["mean"], right["mean"], rtol=1e-5, atol=1e-5)
-    # Another takes its place.
+    # Another replica takes its place.
     wait_for(lambda: len(replicas(built)) == REPLICAS)
 
 
