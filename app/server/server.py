@@ -25,10 +25,22 @@ from dropserve.app.server.connection import Connection, State, readable
 
 # How long who has connected, or is about to ask again, is waited for once the port is closed.
 GRACE_SECONDS = 0.1
+# How long a handshake may still take once new ones are dropped.
+HANDSHAKE_SECONDS = 0.05
 # Linux's option for a socket's packet filter, which the module socket does not name, and a filter
-# of one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
+# that drops each SYN that is no SYN-ACK (socket(7); linux/filter.h has the layout: code, jump if
+# true, jump if false, operand).
 SO_ATTACH_FILTER = 26
-KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
+DROP_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of the TCP header that holds the flags
+        (0x54, 0, 0, 0x12),  # keep SYN and ACK of it
+        (0x15, 0, 1, 0x02),  # unless it is SYN alone, skip one
+        (0x06, 0, 0, 0),  # drop the packet
+        (0x06, 0, 0, 0xFFFFFFFF),  # take the whole packet
+    )
+)
 # Connections taken in one turn of the loop; more would leave other workers none.
 ACCEPT_AT_ONCE = 32
 
@@ -143,6 +155,10 @@ class Server(uvicorn.Server):
         """Close the port, then what is idle, and wait for the answers."""
         for server in self.servers:
             server.close()
+        if self.alone and not self.force_exit:
+            for port in self.ports:
+                drop_handshakes(port)
+            await asyncio.sleep(HANDSHAKE_SECONDS)
         for port in self.ports:
             asyncio.get_running_loop().remove_reader(port)
             self._close(port)
@@ -157,8 +173,6 @@ class Server(uvicorn.Server):
     def _close(self, port: socket.socket) -> None:
         """Close a port, and take who waited in its queue, maybe with a request sent."""
         clients: list[socket.socket] = []
-        if self.alone:
-            turn_away(port)
         # With no turn of the loop, whose answers would have clients come again. Where others listen
         # too one may be faster.
         with contextlib.suppress(OSError):
@@ -169,14 +183,15 @@ class Server(uvicorn.Server):
             self._connect(client)
 
 
-def turn_away(port: socket.socket) -> None:
-    """Have the kernel drop what comes for a port, so that nobody can connect to it any more.
+def drop_handshakes(port: socket.socket) -> None:
+    """Have the kernel drop attempts to connect to a port; handshakes under way go on.
 
-    Whoever tries does so again by itself, a second later, and is refused once the port is closed.
-    Those whose connections wait to be taken lose nothing but time.
+    A client whose attempt is dropped repeats it by itself a second later, and is refused once the
+    port is closed. Dropping every packet instead would leave clients that take themselves for
+    connected: their first request would be reset.
     """
-    program = ctypes.create_string_buffer(KEEP_NOTHING)
-    value = struct.pack("HP", 1, ctypes.addressof(program))
+    program = ctypes.create_string_buffer(DROP_SYN)
+    value = struct.pack("HP", len(DROP_SYN) // 8, ctypes.addressof(program))
     # A system may know no filters.
     with contextlib.suppress(OSError):
         port.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, value)
