@@ -105,10 +105,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder that the first who needs it makes; the workers of a run share it."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    """Return a folder that the first process to need it makes; all others share it.
+
+    These are the workers of a run, and all runs with the same folder in TESTS_SHARED.
+    """
+    if "TESTS_SHARED" in os.environ:
+        folder = ROOT / os.environ["TESTS_SHARED"]
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
     folder = folder / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():

@@ -16,6 +16,9 @@ from tests.conftest import children, service, wait_for
 
 Examples = Callable[[str], list[Any]]
 WORKERS = ["1", "2"]
+# Beyond `PATIENCE`: a service whose end a test has seen did not wait for its limit.
+NO_LIMIT = {"DROPSERVE_DRAIN_SECONDS": "300"}
+DELAY_SECONDS = 3
 
 
 def tell_to_end(client: httpx.Client) -> None:
@@ -51,22 +54,25 @@ def test_while_it_drains_readiness_says_so_and_requests_are_still_taken(
     built: Path, examples: Examples, workers: str
 ) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:1]}
-    environment = {"DROPSERVE_WORKERS": workers, "DROPSERVE_DRAIN_DELAY_SECONDS": "2"}
+    environment = NO_LIMIT | {
+        "DROPSERVE_WORKERS": workers,
+        "DROPSERVE_DRAIN_DELAY_SECONDS": str(DELAY_SECONDS),
+    }
     with service(built / "models", **environment) as client:
         wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {200})
-        tell_to_end(client)
         told = time.monotonic()
+        tell_to_end(client)
         wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {503})
-        assert time.monotonic() - told < 1.5
         assert status(client, "/v2/health/ready") == 503
         assert status(client, "/health/live") == status(client, "/v2/health/live") == 200
         answer = httpx.post(f"{client.base_url}/predict", json=body)
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         wait_for(ended(client))
-        assert 2 <= time.monotonic() - told < 6
+        assert time.monotonic() - told >= DELAY_SECONDS
         assert status(client, "/health/live") == 0
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("workers", WORKERS)
 def test_what_was_taken_is_answered_and_then_it_ends(
     built: Path, examples: Examples, workers: str
@@ -98,10 +104,9 @@ def test_what_takes_longer_than_it_may_is_cut_off(built: Path, examples: Example
             asked = pool.submit(httpx.post, f"{client.base_url}/uncertainty", json=body, timeout=60)
             wait_for(lambda: "dropserve_queue_rows 0.0" not in client.get("/metrics").text)
             tell_to_end(client)
-            told = time.monotonic()
             wait_for(ended(client))
-            assert time.monotonic() - told < 4
             answer = asked.result()
+        # It would have been 200 after some seconds more.
         assert answer.status_code == 503
         assert answer.json()["detail"] == "the service ended before the answer was ready"
 

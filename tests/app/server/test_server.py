@@ -534,6 +534,7 @@ def test_what_is_refused_at_once_may_have_a_body_to_come(server: Running) -> Non
         assert one(client).endswith(b"health")
 
 
+@pytest.mark.quiet
 def test_a_client_that_was_refused_and_asks_on_is_read_ever_later(server: Running) -> None:
     with server.connect() as client:
         refused = 0
@@ -599,6 +600,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 # The end
 
 
+@pytest.mark.quiet
 def test_an_idle_server_ends_soon() -> None:
     with running() as server, server.connect() as silent, server.connect() as kept:
         kept.sendall(HEALTH)
@@ -609,6 +611,7 @@ def test_an_idle_server_ends_soon() -> None:
         assert server.returned - begun < SOON_SECONDS
 
 
+@pytest.mark.quiet
 def test_requests_are_taken_while_the_delay_lasts() -> None:
     with running(drain_delay=0.3) as server, server.connect() as kept:
         kept.sendall(HEALTH)
@@ -634,6 +637,7 @@ def refuses(server: Running) -> bool:
     return False
 
 
+@pytest.mark.quiet
 def test_what_is_being_answered_is_answered_and_then_the_process_ends() -> None:
     with running() as server, server.connect() as client:
         client.sendall(SLOW)
@@ -658,6 +662,7 @@ def test_a_request_of_which_a_part_has_come_is_answered() -> None:
         assert server.ended() == ""
 
 
+@pytest.mark.quiet
 def test_what_takes_longer_than_draining_may_is_cancelled() -> None:
     with running(drain_seconds=0.3) as server, server.connect() as client:
         client.sendall(SLOW.replace(b"/slow", b"/forever"))
@@ -668,6 +673,7 @@ def test_what_takes_longer_than_draining_may_is_cancelled() -> None:
         assert 0.3 < server.returned - begun < 0.3 + SOON_SECONDS
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize(("drain_delay", "second"), [(0.0, signal.SIGTERM), (60.0, signal.SIGINT)])
 def test_a_second_signal_ends_at_once(drain_delay: float, second: signal.Signals) -> None:
     with running(drain_delay=drain_delay, drain_seconds=60) as server, server.connect() as client:
