@@ -14,6 +14,7 @@ from dropserve.app.bundles.loader import Examples
 from dropserve.app.errors import Forbidden
 from dropserve.app.http import problems, responses
 from dropserve.app.http.context import Gate
+from dropserve.app.http.schemas import UncertaintyRequest
 from dropserve.app.http.v2.routes import version_number
 from dropserve.app.inference.service import Service
 
@@ -32,6 +33,12 @@ HEADERS = {
 # Numbers of the examples that the page is given, or one example: written at once, more of them
 # would keep others waiting.
 MOST_VALUES = 100_000
+# The values that the page's controls begin with.
+DEFAULTS = {
+    name: field.default
+    for name, field in UncertaintyRequest.model_fields.items()
+    if not field.is_required() and field.default is not None
+}
 # What the page is told of a model's manifest.
 TOLD = {"name", "version", "task", "input", "outputs", "sites", "noise"}
 
@@ -76,8 +83,10 @@ def router(
 
     @routes.get("/console/service")
     async def about() -> Response:
-        """Tell what is served, and whether a key is needed to ask."""
-        return responses.response({"keys": gate.keys is not None} | service.state())
+        """Return the served models, a request's defaults, and whether requests need a key."""
+        return responses.response(
+            {"keys": gate.keys is not None, "defaults": DEFAULTS} | service.state()
+        )
 
     @routes.get("/console/models/{name}/versions/{version}", dependencies=[guard])
     async def describe(name: str, version: str, request: Request) -> Response:
