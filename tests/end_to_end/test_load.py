@@ -1,4 +1,4 @@
-"""What requests do to each other: shared runs, long queries, clients that leave, workers."""
+"""How requests affect each other: shared runs, long queries, clients that leave, workers."""
 
 import json
 import os
