@@ -1,4 +1,4 @@
-"""What is built once and shared by all tests: bundles made by the real commands, real services."""
+"""Fixtures that all tests share: bundles made by the real commands, and real services."""
 
 import io
 import json
@@ -18,29 +18,29 @@ import httpx
 import pytest
 from filelock import FileLock
 
-# The workers of a parallel run share the cores: torch's threads would only be in each other's way.
+# The workers of a parallel run share the cores, so torch's threads would only compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What needs torch is imported by the fixtures: the process that hands out the tests, and runs none,
-# reads this file, too, and all would wait for it.
+# Fixtures import torch themselves: the process that only hands out tests reads this file, too, and
+# all others would wait for it.
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
 PATIENCE = 30  # seconds
-# How long a client keeps an idle connection: less than the service, which closes it after 5 s. A
-# request that crosses the closing would be lost.
+# How long a client keeps an idle connection: less than the 5 s of the service, as a request that
+# crosses its closing would be lost.
 KEPT_SECONDS = 2
-# Of a service, where a test does not say otherwise.
+# Default settings of a service under test.
 SETTINGS = {"DROPSERVE_DEBUG": "1", "DROPSERVE_DEVICE": "cpu", "DROPSERVE_PORT": "0"}
-# The models that the tests serve: the data and options they are trained with.
+# The models that the tests serve, by name, and the options of their training.
 TRAINED = {
     "digits": ["--data", "digits"],
     "double": ["--data", "digits", "--scaling", "double", "--p", "0.3", "--epochs", "10"],
     "diabetes": ["--data", "diabetes"],
 }
 
-# The folders to begin with. Each of two workers begins one half of all tests, and who has done its
-# half takes from the other's end: so what loads a service runs beside what does not, the soak
-# (benchmarks) included, and what is left to the end are short tests.
+# The folders to begin with. Each of two workers starts on one half of the tests and, once done,
+# takes over from the end of the other half. In this order tests that load a service, the soak
+# (benchmarks) included, run beside lighter ones, and short tests come last.
 FIRST = ("end_to_end", "deploy", "benchmarks", "export")
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
@@ -66,7 +66,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def run_here(main: Callable[[], int], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project within this process, which has what that imports."""
+    """Run a command of the project in this process, which has imported its packages before."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -76,7 +76,7 @@ def run_here(main: Callable[[], int], *arguments: str) -> subprocess.CompletedPr
         except SystemExit as left:
             status = int(str(left.code))
         finally:
-            # A command may set its own.
+            # A command may have set its own handler.
             signal.signal(signal.SIGTERM, handler)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
@@ -105,10 +105,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder that the first who needs it makes; the workers of a run share it."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    """Return a folder that the first process to need it makes; all others share it.
+
+    These are the workers of a run, and all runs with the same folder in TESTS_SHARED.
+    """
+    if "TESTS_SHARED" in os.environ:
+        folder = ROOT / os.environ["TESTS_SHARED"]
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
     folder = folder / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
@@ -175,7 +182,7 @@ def events(log: str) -> list[dict[str, Any]]:
 
 
 def memory(client: httpx.Client, field: str) -> int:
-    """Return resident memory of the service in bytes: now (VmRSS) or the most ever (VmHWM)."""
+    """Return resident memory of the service in bytes: now (VmRSS) or at its peak (VmHWM)."""
     status = Path(f"/proc/{client.headers['x-test-pid']}/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found
@@ -204,7 +211,7 @@ def children(pid: int) -> set[int]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-// The answer of a classification: classes with their passes, and what the doubt is made of.
+// The answer of a classification: classes with their passes, and the sources of uncertainty.
 
 import {
 	byId,
@@ -18,24 +18,24 @@ import {
 
 /** @import { Answer, Model } from "./service.js" */
 
-// More would not be looked at: of a thousand classes the likeliest.
+// Of a thousand classes nobody reads more than the likeliest.
 const MOST_CLASSES = 20;
 
 /**
- * Say in a sentence what came out.
+ * Sum an answer up in a sentence.
  * @param {Answer} answer
  * @param {Model} model
  */
 export function headline(answer, model) {
 	const [label] = answer.labels;
 	const c = model.outputs.labels.indexOf(label);
-	// Not the variation ratio, which is about the class that most passes name: it may be another.
+	// Not the variation ratio: the class that most passes name may be another.
 	const against = answer.samples?.filter((/** @type {number[][]} */ [sample]) =>
 		sample.some((value) => value > sample[c]),
 	).length;
 	let others = "";
 	if (answer.samples && answer.passes > 1) {
-		others = against ? `; ${against} of them would say something else` : "; all agree";
+		others = against ? `; ${against} of them say otherwise` : "; all agree";
 	}
 	const mean = share(answer.mean[0][c]);
 	return `${label}, with ${mean} on average over ${counted(answer.passes)}${others}.`;
@@ -46,7 +46,7 @@ export function headline(answer, model) {
  * @param {Answer} answer
  * @param {Model} model
  * @param {boolean} atOnce whether passes appear all at once
- * @returns {() => void} ends what is still being drawn
+ * @returns {() => void} stops the drawing under way
  */
 export function show(answer, model, atOnce) {
 	fill("answer", "classes-template");
@@ -62,7 +62,7 @@ export function show(answer, model, atOnce) {
 	const rest = labels.length - shown.length;
 	write(root, {
 		level: percent(answer.interval.level),
-		dots: samples ? "Dots: the passes, as they were drawn." : "",
+		dots: samples ? "Dots: the passes." : "",
 		rest: rest ? `${rest} less likely classes are left out.` : "",
 	});
 	showEntropies(answer, labels.length);
@@ -102,7 +102,7 @@ function row(answer, label, c) {
 }
 
 /**
- * Show the predictive entropy in its two parts (Houlsby et al. 2011).
+ * Show the two parts of the predictive entropy (Houlsby et al. 2011).
  * @param {Answer} answer
  * @param {number} classes
  */

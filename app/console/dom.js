@@ -1,15 +1,15 @@
-// Elements, numbers as people read them, and the strip of dots.
+// Elements, readable numbers, and the strip of dots.
 
 const REVEAL_MS = 700;
 const DOT_RADIUS = 2;
-// The fractional part of its multiples is spread evenly, however many there are (Weyl 1916).
+// The fractional parts of its multiples are evenly spread, however many there are (Weyl 1916).
 const GOLDEN = 0.6180339887498949;
 
 /**
- * Make an element. What others have named is set as text, never read as HTML.
+ * Make an element. Names from outside become text, never HTML.
  * @template {keyof HTMLElementTagNameMap} T
  * @param {T} tag
- * @param {Object<string, any>} properties attributes; with "class", and "aria-..."
+ * @param {Object<string, any>} properties attributes, "class" and "aria-..." included
  * @param {(Node | string)[]} children
  * @returns {HTMLElementTagNameMap[T]}
  */
@@ -21,7 +21,7 @@ export function el(tag, properties = {}, ...children) {
 }
 
 /**
- * The element of the page with an id.
+ * Return the element with an id.
  * @param {string} id
  */
 export function byId(id) {
@@ -29,7 +29,7 @@ export function byId(id) {
 }
 
 /**
- * Put a copy of a template in the place of an element's content.
+ * Replace an element's content by a copy of a template.
  * @param {string} id the element's
  * @param {string} template
  */
@@ -39,21 +39,21 @@ export function fill(id, template) {
 }
 
 /**
- * What draws on a canvas.
+ * Return a canvas's drawing context.
  * @param {HTMLCanvasElement} canvas
  */
 export function context(canvas) {
-	// Read back is but what the network is shown; nothing drawn here is better kept on a GPU.
+	// Pixels are read back as the network's input, so a canvas on a GPU gains nothing.
 	return /** @type {CanvasRenderingContext2D} */ (
 		canvas.getContext("2d", { willReadFrequently: true })
 	);
 }
 
 /**
- * Put an element at a place along its parent.
+ * Position an element along its parent's width.
  * @param {HTMLElement} element
  * @param {number} from share of the width
- * @param {number} [to] where it ends, if it has a length
+ * @param {number} [to] its end, if it has a length
  */
 export function place(element, from, to) {
 	element.style.left = `${100 * Math.min(1, Math.max(0, from))}%`;
@@ -63,7 +63,7 @@ export function place(element, from, to) {
 }
 
 /**
- * Make a copy of what a template holds: one element.
+ * Copy a template's only element.
  * @param {string} template
  */
 export function clone(template) {
@@ -72,7 +72,7 @@ export function clone(template) {
 }
 
 /**
- * The first element in another that a selector is of.
+ * Return an element's first descendant that matches a selector.
  * @param {HTMLElement} root
  * @param {string} selector
  */
@@ -81,7 +81,7 @@ export function find(root, selector) {
 }
 
 /**
- * Write texts to where in an element their names stand as ``data-is``.
+ * Write texts into those of an element's descendants that name them in ``data-is``.
  * @param {HTMLElement} root
  * @param {Object<string, string>} texts
  */
@@ -92,7 +92,7 @@ export function write(root, texts) {
 }
 
 /**
- * A number where it is one; else what was typed, for the service to say what is allowed.
+ * Return the typed number; other text unchanged, for the service to refuse.
  * @param {string} text
  */
 export function typed(text) {
@@ -101,7 +101,7 @@ export function typed(text) {
 }
 
 /**
- * Write a share in percent; what is not all of it never becomes 100.
+ * Write a share in percent; a share below 1 is not rounded to 100.
  * @param {number} part
  */
 export function percent(part) {
@@ -109,8 +109,8 @@ export function percent(part) {
 }
 
 /**
- * Write a number with three digits of ``step``: of a value's spread, say, which a price of 100,000
- * has in its last places.
+ * Write a number to three digits of ``step``, say of a value's spread: the mean of prices near
+ * 100,000 may need its last digits.
  * @param {number | null | undefined} x
  * @param {number | null} [step] the number itself by default
  */
@@ -140,7 +140,7 @@ export function share(p) {
 }
 
 /**
- * The z of which the share ``level`` of a normal distribution lies within -z and z.
+ * Return the z such that a normal variable is within -z and z with probability ``level``.
  *
  * Winitzki (2008), A handy approximation for the error function and its inverse; off by 0.2 % at
  * most, less than a pixel.
@@ -154,12 +154,12 @@ export function normalReach(level) {
 }
 
 /**
- * Draw some number of passes one after the other, in less than a second; who wants no motion gets
- * them at once.
+ * Draw passes one after the other within a second; all at once for users who prefer reduced
+ * motion.
  * @param {number} count
  * @param {boolean} atOnce
  * @param {(from: number, to: number) => void} draw
- * @returns {() => void} ends it
+ * @returns {() => void} stops it
  */
 export function reveal(count, atOnce, draw) {
 	if (atOnce || matchMedia("(prefers-reduced-motion: reduce)").matches) {
@@ -179,9 +179,9 @@ export function reveal(count, atOnce, draw) {
 	return () => cancelAnimationFrame(frame);
 }
 
-/** A canvas on which each pass is a dot: where along it is the value, the height means nothing. */
+/** A canvas with a dot for each pass: along it is the value, its height means nothing. */
 export class Strip {
-	/** @param {HTMLElement} parent what it is laid over; on the page already */
+	/** @param {HTMLElement} parent element to cover, already on the page */
 	constructor(parent) {
 		const canvas = el("canvas", { class: "strip" });
 		parent.append(canvas);
@@ -198,7 +198,7 @@ export class Strip {
 	/**
 	 * @param {number} pass
 	 * @param {number} at share of the width
-	 * @param {number} count passes in all: many dots are fainter
+	 * @param {number} count passes in all; the more, the fainter the dots
 	 */
 	dot(pass, at, count) {
 		const { context, width, height } = this;

@@ -1,4 +1,4 @@
-// Input of images: draw one, take an example, or something that should fool the network.
+// Image input: a drawing, an example, or a preset that should fool the network.
 
 import { byId, context, el, fill } from "./dom.js";
 import { Images } from "./pixels.js";
@@ -24,7 +24,7 @@ const LETTER = [
 /** @type {Object<string, Point>} */
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-/** A drawing area; calls ``changed`` when the image is another. */
+/** A drawing area that calls ``changed`` after each change. */
 export class Drawing {
 	/**
 	 * @param {Model} model
@@ -34,13 +34,13 @@ export class Drawing {
 		this.model = model;
 		this.images = new Images(model);
 		this.changed = changed;
-		/** @type {number[] | null} What is drawn on; null: paper, and what is drawn is fitted to it. */
+		/** @type {number[] | null} The image below the strokes; on null, blank paper, they are fitted. */
 		this.base = null;
 		/** @type {Stroke[]} */
 		this.strokes = [];
-		/** @type {Map<number | "keys", Stroke>} What is being drawn, by pointer; or by the keyboard. */
+		/** @type {Map<number | "keys", Stroke>} Strokes under way, by pointer or keyboard. */
 		this.begun = new Map();
-		/** @type {Point} Where the keyboard's pen is. */
+		/** @type {Point} The keyboard's pen. */
 		this.pen = [0.5, 0.5];
 		this.tries = 0;
 		fill("input", "drawing-template");
@@ -50,7 +50,7 @@ export class Drawing {
 		this.canvas.height = SIDE;
 		this.seen = /** @type {HTMLCanvasElement} */ (byId("seen"));
 		byId("size").textContent = `It sees ${columns} × ${rows}`;
-		// What is ink on paper is turned round where the page is dark.
+		// Ink on paper is inverted on a dark page.
 		byId("input").classList.toggle("ink", this.images.channels < 3);
 		model.examples.forEach(({ truth }, i) => {
 			const picture = el("canvas", { class: "picture pixels", "aria-hidden": "true" });
@@ -70,7 +70,7 @@ export class Drawing {
 		this.take(0);
 	}
 
-	/** What is asked about. */
+	/** Return the row that is drawn. */
 	row() {
 		const { images, strokes, base } = this;
 		if (!strokes.length) return base ?? images.blank();
@@ -103,11 +103,11 @@ export class Drawing {
 		const { truth } = this.model.examples[i];
 		this.put(
 			this.images.examples[i],
-			truth === null ? "" : `Truly: ${truth}. Draw on it to change it.`,
+			truth === null ? "" : `True answer: ${truth}. Draw on it to change it.`,
 		);
 	}
 
-	/** Two examples of different classes, each time two others, one over the other. */
+	/** Overlay two examples of different classes, another pair each time. */
 	overlay() {
 		const truths = this.model.examples.map(({ truth }) => String(truth ?? "?"));
 		const count = truths.length;
@@ -115,11 +115,11 @@ export class Drawing {
 		const others = truths.map((_, i) => (first + Math.ceil(count / 2) + i) % count);
 		const second = others.find((i) => truths[i] !== truths[first]) ?? others[0];
 		const { examples } = this.images;
-		const said = `${truths[first]} and ${truths[second]}, one over the other.`;
+		const said = `${truths[first]} and ${truths[second]}, overlaid.`;
 		this.put(this.images.over(examples[first], examples[second]), said);
 	}
 
-	/** Another each time, but the same whenever the page is loaded. */
+	/** Return another image each time, but the same series after each page load. */
 	noise() {
 		let state = ++this.tries;
 		return this.images.blank().map(() => {
@@ -184,7 +184,7 @@ export class Drawing {
 			this.begin(event.pointerId, point(event));
 		});
 		canvas.addEventListener("pointermove", (event) => {
-			// Of a fast hand more is known than what is told by one event.
+			// An event of a fast movement may stand for several points.
 			const steps = event.getCoalescedEvents?.() ?? [];
 			this.draw(event.pointerId, (steps.length ? steps : [event]).map(point));
 		});

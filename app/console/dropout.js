@@ -1,4 +1,4 @@
-// The dropout itself: its sites, a mask of each, and eval mode against the mean of the passes.
+// Dropout: its sites, a mask of each, and eval mode versus the mean of the passes.
 
 import { byId, clone, context, counted, el, find, number, place, share, write } from "./dom.js";
 
@@ -8,7 +8,7 @@ const MOST_OUTPUTS = 10;
 const CELLS_A_LINE = 32;
 
 /**
- * Show all that is known of a model's dropout.
+ * Show a model's dropout.
  * @param {Model} model
  * @param {Answer} answer
  * @param {number[]} point eval mode's answer
@@ -18,7 +18,7 @@ export function show(model, answer, point, masks) {
 	const sites = model.sites.map((site, s) =>
 		card(site, answer.sites?.[s].kept, masks?.sites[s].mask),
 	);
-	const none = "This network has no dropout: all passes are alike.";
+	const none = "This network has no dropout: all passes are the same.";
 	byId("sites").replaceChildren(...(sites.length ? sites : [none]));
 	const double = model.sites.some(({ scaling, p }) => scaling === "double" && p > 0);
 	byId("why-double").hidden = !double;
@@ -28,7 +28,7 @@ export function show(model, answer, point, masks) {
 	byId("gaps").replaceChildren(...rows(model, answer, point, gaps));
 	const { expectation_gap, expectation_gap_passes } = model.verification;
 	byId("exported").textContent =
-		`When the model was exported, over held-out rows: ${number(expectation_gap)} standard ` +
+		`At export, over held-out rows: ${number(expectation_gap)} standard ` +
 		`errors of the mean of ${counted(expectation_gap_passes)} (root mean square).`;
 }
 
@@ -66,7 +66,7 @@ function picture(units) {
 	canvas.height = Math.ceil(units.length / width);
 	const pen = context(canvas);
 	const image = pen.createImageData(canvas.width, canvas.height);
-	// Black, more or less opaque: the style sheet turns it round where all is dark.
+	// Black, more or less opaque; the style sheet inverts it on a dark page.
 	units.forEach((unit, i) => {
 		image.data[4 * i + 3] = unit ? 255 : 40;
 	});
@@ -75,7 +75,7 @@ function picture(units) {
 }
 
 /**
- * How far eval mode is from the passes, in a measure that outputs of all units share.
+ * Return how far eval mode is from the passes, comparably across outputs.
  * @param {Model} model
  * @param {Answer} answer
  * @param {number[]} point
@@ -87,7 +87,7 @@ function distances({ task }, answer, point) {
 }
 
 /**
- * How an output is written: a probability, or a value as finely as its mean is known.
+ * Return how to write an output: a probability, or a value to the precision of its mean.
  * @param {Model} model
  * @param {Answer} answer
  * @param {number} c
@@ -117,7 +117,7 @@ function summary(model, answer, point, gaps) {
 }
 
 /**
- * Hold each output of eval mode against the mean of the passes; of many those farthest apart.
+ * Compare eval mode with the mean of the passes, for the outputs that are farthest apart.
  * @param {Model} model
  * @param {Answer} answer
  * @param {number[]} point
@@ -134,7 +134,7 @@ function rows(model, answer, point, gaps) {
 		.slice(0, MOST_OUTPUTS)
 		.sort((a, b) => a - b);
 	return shown.map((c) => {
-		// Of values: so much to each side of the mean that eval mode, or what is by chance, is seen.
+		// For values: wide enough to show eval mode and four standard errors.
 		const error = answer.standard_error?.[0][c] ?? 0;
 		const reach = 1.2 * Math.max(Math.abs(mean[c] - point[c]), 4 * error) || 1;
 		const at = (/** @type {number} */ x) => (classes ? x : 0.5 + (x - mean[c]) / (2 * reach));

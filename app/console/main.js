@@ -1,4 +1,4 @@
-// The page: what is asked, when, and where the answer is shown.
+// The page: when it sends which request, and where it shows the answer.
 
 import * as classes from "./classes.js";
 import { byId, counted, el, typed } from "./dom.js";
@@ -10,8 +10,9 @@ import * as values from "./values.js";
 
 /** @import { About, Model } from "./service.js" */
 
-const PAUSE_MS = 120; // between a change and asking: a slider moves on
+const PAUSE_MS = 120; // between a change and its request: a slider moves on
 const SEEDS = 2 ** 31;
+const DEFAULTED = ["passes", "interval", "masks"];
 
 const picker = /** @type {HTMLSelectElement} */ (byId("model"));
 const controls = /** @type {HTMLFormElement} */ (byId("controls"));
@@ -22,20 +23,21 @@ const shown = byId("console");
 let service;
 /** @type {Model} */
 let model;
-/** @type {{row(): (number | string)[]}} What gives the row that is asked about. */
+/** @type {{row(): (number | string)[]}} The form that holds the row. */
 let input;
-/** @type {AbortController | undefined} Of the request under way. */
+/** @type {AbortController | undefined} Aborts the request under way. */
 let asking;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let soon;
-/** @type {(() => void) | undefined} Ends what is still being drawn. */
+/** @type {(() => void) | undefined} Stops the drawing under way. */
 let stop;
 /** @type {(() => void) | undefined} Shows the last answer again. */
 let again;
 
-/** Find out what is served, and show the first model of it. */
+/** Set the service's defaults, list its models, and show the first. */
 async function start() {
 	service = await about();
+	for (const name of DEFAULTED) control(name).value = String(service.defaults[name]);
 	const choices = Object.entries(service.models).flatMap(([name, versions]) =>
 		[...versions].reverse().map((version) => ({ name, version })),
 	);
@@ -50,11 +52,11 @@ async function start() {
 	else await choose();
 }
 
-/** Show the model that is picked. */
+/** Show the selected model. */
 async function choose() {
 	const signal = begin();
 	const [name, version] = picker.value.split(" ");
-	// Whatever goes wrong, the page is not to show one model under the name of another.
+	// Even if a request fails, no model is shown under another's name.
 	shown.hidden = true;
 	byId("answers").hidden = true;
 	stop?.();
@@ -67,17 +69,14 @@ async function choose() {
 	await show();
 }
 
-/** Ask, unless something else changes at once. */
+/** Send a request, unless another change follows at once. */
 function later() {
 	busy(true);
 	clearTimeout(soon);
 	soon = setTimeout(guarded(show), PAUSE_MS);
 }
 
-/**
- * Begin to ask, and ask for nothing else any more: what would come of it, an answer or an error, is
- * not to be shown for what is put in now.
- */
+/** Abort the request under way: its answer or error does not belong to the input any more. */
 function begin() {
 	busy(true);
 	clearTimeout(soon);
@@ -86,14 +85,14 @@ function begin() {
 	return asking.signal;
 }
 
-/** Ask about what is put in, and show the answer. */
+/** Send the input, and show the answer. */
 async function show() {
 	const signal = begin();
 	const who = { model: model.name, version: model.version };
 	const inputs = [input.row()];
 	const [passes, seed, interval] = ["passes", "seed", "interval"].map((name) => {
 		const x = typed(control(name).value);
-		// A greater one would become another, and nobody would be told.
+		// A larger integer would be rounded silently.
 		return name === "seed" && !Number.isSafeInteger(x) ? control(name).value : x;
 	});
 	const body = { ...who, inputs, passes, interval, masks: control("masks").value };
@@ -131,7 +130,7 @@ async function show() {
 	busy(false);
 }
 
-/** @param {boolean} on whether the answer to what is put in is still to come */
+/** @param {boolean} on whether the input's answer is still to come */
 function busy(on) {
 	shown.setAttribute("aria-busy", String(on));
 }
@@ -142,25 +141,25 @@ function control(name) {
 }
 
 /**
- * Say what went wrong; nothing, where nothing is given.
+ * Show an error; without a text, none.
  * @param {string} [text]
  */
 function fail(text = "") {
 	const place = byId("error");
 	place.hidden = !text;
 	place.textContent = text;
-	// What is shown would not be the answer to what is asked.
+	// The answer below would not belong to the input.
 	byId("answers").hidden = Boolean(text);
 }
 
 /**
- * Do something and say what goes wrong.
+ * Wrap an action so that its errors are shown.
  * @param {() => Promise<void>} act
  */
 function guarded(act) {
 	return () =>
 		act().catch((error) => {
-			// Aborted for the sake of a newer request.
+			// A newer request aborted it.
 			if (error.name === "AbortError") return;
 			busy(false);
 			const expected = error instanceof ServiceError;
@@ -197,7 +196,7 @@ byId("copy").addEventListener("click", async () => {
 		await navigator.clipboard.writeText(line.value);
 		byId("copied").textContent = "Copied.";
 	} catch {
-		// Browsers hand over the clipboard to pages over HTTPS and of this machine only.
+		// Browsers grant the clipboard only to pages served over HTTPS or from localhost.
 		line.select();
 		byId("copied").textContent = "Selected; copy it with your keyboard.";
 	}
@@ -205,7 +204,7 @@ byId("copy").addEventListener("click", async () => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => again?.());
 let width = innerWidth;
 addEventListener("resize", () => {
-	// A phone's bar that comes and goes changes the height alone.
+	// A phone's address bar changes only the height as it comes and goes.
 	if (innerWidth !== width) again?.();
 	width = innerWidth;
 });

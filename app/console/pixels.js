@@ -1,15 +1,15 @@
-// What the images of a model look like, told from its examples; and how to show one.
+// How a model's images look, judged by its examples, and how to show one.
 
 import { context } from "./dom.js";
 
 /** @import { Model } from "./service.js" */
 /** @import { Frame } from "./strokes.js" */
 
-// Share of the range from which on a pixel is part of what is depicted.
+// Share of the range above which a pixel is part of the figure.
 const MARKED = 0.15;
 const THICKEST = 0.25;
 
-/** Images of one model: sizes, colours, and what their paper and ink are. */
+/** Images of one model: sizes, colours, paper and ink. */
 export class Images {
 	/** @param {Model} model */
 	constructor(model) {
@@ -25,7 +25,7 @@ export class Images {
 		const border = this.examples.flatMap((values) => values.filter((_, i) => this.onBorder(i)));
 		border.sort((a, b) => a - b);
 		const middle = border[Math.floor(border.length / 2)];
-		// Drawn is with whatever the border is not.
+		// The border is paper; ink is the other end of the range.
 		this.paper = middle - this.low <= this.high - middle ? this.low : this.high;
 		this.ink = this.paper === this.low ? this.high : this.low;
 		this.whole = this.examples.every((values) => values.every(Number.isInteger));
@@ -39,9 +39,9 @@ export class Images {
 	}
 
 	/**
-	 * How much of the picture the examples fill, the highest and the widest, and how thick their
-	 * lines are: of a long line the area is its length times that, the outline twice its length. The
-	 * outline is counted along rows and columns, which is 4 / pi of what it is, on average.
+	 * Measure how much of the picture the tallest and the widest example fill, and how thick their
+	 * lines are. A long line's area is its length times its thickness, its outline twice its length;
+	 * counted along rows and columns, the outline is 4 / pi times as long on average.
 	 * @returns {Frame}
 	 */
 	extent() {
@@ -74,7 +74,7 @@ export class Images {
 	}
 
 	/**
-	 * How far a value is from paper: 0, to 1 for ink.
+	 * Return how far a value is from paper (0) to ink (1).
 	 * @param {number} value
 	 */
 	mark(value) {
@@ -82,7 +82,7 @@ export class Images {
 	}
 
 	/**
-	 * The value of a pixel that is marked so far.
+	 * Return the value with such a mark.
 	 * @param {number} mark
 	 */
 	value(mark) {
@@ -91,7 +91,7 @@ export class Images {
 	}
 
 	/**
-	 * Lay one image over another: of each pixel what is farther from paper.
+	 * Lay one image over another: each pixel is the value farther from paper.
 	 * @param {number[]} below
 	 * @param {number[]} above
 	 */
@@ -104,7 +104,7 @@ export class Images {
 	}
 
 	/**
-	 * Show an image, a pixel a point; the style sheet makes it larger.
+	 * Show an image pixel by pixel; the style sheet enlarges it.
 	 * @param {HTMLCanvasElement} canvas
 	 * @param {number[]} values
 	 */
@@ -117,7 +117,7 @@ export class Images {
 		for (let i = 0; i < area; i++) {
 			for (let c = 0; c < 3; c++) {
 				const value = values[this.channels >= 3 ? c * area + i : i];
-				// One channel is ink on paper; of three each is a colour, from dark to bright.
+				// One channel is ink on paper; three are colours, from dark to bright.
 				const bright =
 					this.channels >= 3
 						? (value - this.low) / (this.high - this.low || 1)

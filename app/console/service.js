@@ -1,9 +1,9 @@
-// What the page asks of the service, and how it is told of errors.
+// Requests to the service, and its errors.
 
 /** @typedef {{name: string, p: number, scaling: string, mask_shape: number[], folded: boolean}} Site */
 /** @typedef {{input: any[], truth: string | number[] | null}} Example A row, nested to the shape. */
 /**
- * @typedef {object} Model What the service tells of a model: its manifest and more.
+ * @typedef {object} Model A model's manifest and more.
  * @property {string} name
  * @property {number} version
  * @property {"classification" | "regression"} task
@@ -13,16 +13,22 @@
  * @property {"constant" | "input"} noise
  * @property {{expectation_gap: number, expectation_gap_passes: number}} verification
  * @property {Example[]} examples
- * @property {boolean} debug Whether passes are shown.
+ * @property {boolean} debug Whether the passes may be shown.
  */
-/** @typedef {{keys: boolean, device: string, models: Object<string, number[]>}} About */
-/** @typedef {Object<string, any>} Answer An answer of the HTTP interface. */
+/**
+ * @typedef {object} About
+ * @property {boolean} keys Whether requests need a key.
+ * @property {string} device
+ * @property {Object<string, number[]>} models Versions of each model.
+ * @property {Object<string, string | number>} defaults Fields of a request.
+ */
+/** @typedef {Object<string, any>} Answer A response of the HTTP interface. */
 
-/** An error that a person is told of, in the words of the service. */
+/** An error to be shown as it is, in the service's own words. */
 export class ServiceError extends Error {
 	/**
 	 * @param {string} message
-	 * @param {number} status HTTP's; 0 where there was no answer
+	 * @param {number} status HTTP status; 0 without a response
 	 */
 	constructor(message, status = 0) {
 		super(message);
@@ -30,12 +36,12 @@ export class ServiceError extends Error {
 	}
 }
 
-// In memory only: never in storage, an address or the curl command.
+// In memory only: never in storage, a URL or the curl command.
 let key = "";
 
 /** @param {string} given */
 export function useKey(given) {
-	if (/[^!-~]/.test(given)) throw new ServiceError("A key has no such characters.");
+	if (/[^!-~]/.test(given)) throw new ServiceError("Keys hold visible ASCII characters only.");
 	key = given;
 }
 
@@ -55,8 +61,8 @@ export function describe(name, version, signal) {
 }
 
 /**
- * Send a request; its answer.
- * @param {string} path without the leading slash, so that it is found behind a prefix, too
+ * Send a request and return the answer.
+ * @param {string} path without a leading slash, so that it works behind a prefix
  * @param {object} body
  * @param {AbortSignal} [signal]
  * @returns {Promise<Answer>}
@@ -80,18 +86,18 @@ async function call(path, init = {}) {
 		text = await response.text();
 	} catch (error) {
 		if (init.signal?.aborted) throw error;
-		throw new ServiceError("The service does not answer.");
+		throw new ServiceError("The service is not responding.");
 	}
 	const { ok, status } = response;
 	let document;
 	try {
 		document = JSON.parse(text);
 	} catch {
-		throw new ServiceError(`Something else than the service has answered (${status}).`, status);
+		throw new ServiceError(`The response is not from the service (${status}).`, status);
 	}
 	if (ok) return document;
-	// What is served may be other than when the page was loaded.
-	const more = status === 404 ? ". Load the page again to see what is served now." : "";
+	// The models may have changed since the page was loaded.
+	const more = status === 404 ? ". Reload the page to see what is served now." : "";
 	throw new ServiceError(`${document.detail} (${status})${more}`, status);
 }
 
@@ -103,7 +109,7 @@ async function call(path, init = {}) {
 export function curl(path, body) {
 	const url = new URL(path, document.baseURI).href;
 	const header = key ? ' -H "X-API-Key: $KEY"' : "";
-	// Names may hold what a shell reads otherwise.
+	// A quote in a name would end the shell's string.
 	const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
 	return `curl -H 'Content-Type: application/json'${header} -d '${quoted}' ${url}`;
 }

@@ -1,19 +1,19 @@
-// Lines that were drawn, and the pixels that a network sees of them.
+// Drawn lines, and the pixels that a network sees of them.
 
 import { context } from "./dom.js";
 
 /** @typedef {[number, number]} Point x and y as shares of width and height, from the top left */
 /** @typedef {Point[]} Stroke */
-/** @typedef {{width: number, height: number, line: number}} Frame what drawings fill, as shares of
- * the picture's width and height, and how thick their lines are, as a share of its height */
+/** @typedef {{width: number, height: number, line: number}} Frame size of drawings, as shares
+ * of the picture's width and height, and thickness of their lines, as a share of its height */
 
-// So many points to each side of a pixel tell how much of it is covered.
+// Samples along each side of a pixel.
 const FINENESS = 8;
-// What is smaller is a dot: to fill the picture with it would make something else of it.
+// A smaller drawing is a dot, which scaling would turn into something else.
 const DOT = 0.03;
 
 /**
- * Move and scale lines so that they fill a frame in the middle, as data sets of digits are made.
+ * Centre lines and scale them to fill a frame, as data sets of digits do.
  * @param {Stroke[]} strokes
  * @param {Frame} frame
  * @param {number} aspect width of the picture over its height
@@ -23,7 +23,7 @@ export function fitted(strokes, frame, aspect) {
 	const points = strokes.flat();
 	const [left, right] = ends(points.map(([x]) => x));
 	const [top, bottom] = ends(points.map(([, y]) => y));
-	// In heights of the picture, whose lines keep their thickness.
+	// In units of the picture's height; lines keep their thickness.
 	const [width, height] = [(right - left) * aspect, bottom - top];
 	if (Math.max(width, height) < DOT) return strokes;
 	const scale = Math.min(
@@ -64,7 +64,7 @@ export function trace(pen, strokes, line) {
 }
 
 /**
- * The share of each pixel that lines cover.
+ * Return the share of each pixel that lines cover.
  * @param {Stroke[]} strokes
  * @param {number} columns
  * @param {number} rows

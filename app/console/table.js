@@ -1,15 +1,15 @@
-// Input of a table: a field and a slider for each feature.
+// Table input: a field and a slider for each feature.
 
 import { byId, el, fill, place, typed } from "./dom.js";
 
 /** @import { Example, Model } from "./service.js" */
 
-// How far beyond what it was trained on a slider goes, in lengths of that range: there a model
-// should become unsure.
+// How far a slider goes beyond the range of the training data, in lengths of that range: a model
+// should become unsure there.
 const BEYOND = 0.5;
 const STEPS = 200;
 
-/** A form of features; calls ``changed`` when one is. */
+/** A form of features that calls ``changed`` after each change. */
 export class TableInput {
 	/**
 	 * @param {Model} model
@@ -30,7 +30,7 @@ export class TableInput {
 		const rows = this.names(model).map((name, d) => this.feature(model, name, d, changed));
 		byId("features").append(...rows);
 		byId("features").addEventListener("input", () => {
-			// It is none of them any more.
+			// The row is no longer an example.
 			examples.value = "";
 		});
 		this.take(model.examples[0]);
@@ -94,14 +94,14 @@ export class TableInput {
 		});
 	}
 
-	/** What is asked about: numbers; what is none goes as it is, for the service to say so. */
+	/** Return the row; text that is no number stays, for the service to refuse. */
 	row() {
 		return this.boxes.map(({ value }) => typed(value));
 	}
 }
 
 /**
- * Leave out what is but float32's rounding.
+ * Drop digits that come from float32's rounding.
  * @param {number} x
  */
 function tidy(x) {
@@ -113,5 +113,5 @@ function tidy(x) {
  * @param {number} i
  */
 function said({ truth }, i) {
-	return truth === null ? String(i + 1) : `${i + 1}: truly ${truth}`;
+	return truth === null ? String(i + 1) : `${i + 1}: true answer ${truth}`;
 }

@@ -1,4 +1,4 @@
-// The answer of a regression: the predictive distribution, and what its width is made of.
+// The answer of a regression: the predictive distribution, and the parts of its width.
 
 import { byId, clone, find, number, percent, place, reveal, Strip, write } from "./dom.js";
 
@@ -9,11 +9,11 @@ const POINTS = 160;
 // Standard deviations to each side of the mean, and of the interval.
 const REACH = 3.5;
 const MARGIN = 1;
-// Of a mixture of more normals than this nobody sees the difference.
+// A mixture of more normals looks no different.
 const MOST_NORMALS = 500;
 
 /**
- * Say in a sentence what came out.
+ * Sum an answer up in a sentence.
  * @param {Answer} answer
  * @param {Model} model
  */
@@ -30,7 +30,7 @@ export function headline(answer, model) {
  * @param {Answer} answer
  * @param {Model} model
  * @param {boolean} atOnce whether passes appear all at once
- * @returns {() => void} ends what is still being drawn
+ * @returns {() => void} stops the drawing under way
  */
 export function show(answer, model, atOnce) {
 	const targets = model.outputs.labels.map((_, c) => new Target(answer, named(model, c), c));
@@ -47,7 +47,7 @@ export function show(answer, model, atOnce) {
 }
 
 /**
- * The name of a target, and its unit where that is known.
+ * Return a target's name, with its unit if known.
  * @param {Model} model
  * @param {number} c
  */
@@ -55,7 +55,7 @@ function named({ outputs }, c) {
 	return outputs.units ? `${outputs.labels[c]} (${outputs.units[c]})` : outputs.labels[c];
 }
 
-/** What the passes say of one target. */
+/** The figure of one target. */
 class Target {
 	/**
 	 * @param {Answer} answer
@@ -97,7 +97,7 @@ class Target {
 	}
 
 	/**
-	 * Where a value stands in the figure, as a share of its width.
+	 * Return a value's place in the figure, as a share of its width.
 	 * @param {number} x
 	 */
 	at = (x) => (x - this.from) / (this.to - this.from || 1);
@@ -128,14 +128,14 @@ class Target {
 	}
 
 	/**
-	 * The density of the predictive distribution: a normal of the noise around each pass; around
-	 * their mean, with all the spread, where the passes are not shown.
+	 * Return the predictive density, up to a factor: a normal of the noise around each pass; where
+	 * the passes are not shown, one of the total spread around their mean.
 	 * @param {number} x
 	 */
 	dense(x) {
 		const { samples, c } = this;
 		if (!samples) return normal(x, this.mean, this.total);
-		// Noise that is narrower than the curve's points are apart would fall between them.
+		// Narrower noise would fall between the curve's points.
 		const std = Math.max(this.aleatoric, (this.to - this.from) / POINTS);
 		const every = Math.ceil(samples.length / MOST_NORMALS);
 		let sum = 0;
@@ -145,7 +145,7 @@ class Target {
 }
 
 /**
- * A normal density, but for what does not depend on x.
+ * A normal density without its constant factor.
  * @param {number} x
  * @param {number} mean
  * @param {number} std

@@ -14,6 +14,7 @@ from dropserve.app.errors import Forbidden
 from dropserve.app.http.context import Context
 from dropserve.app.http.messages import starlette_response
 from dropserve.app.http.problems import RECORD
+from dropserve.app.http.schemas import UncertaintyRequest
 from dropserve.app.inference.examples import Examples
 from dropserve.app.inference.registry import parse_version
 from dropserve.app.inference.service import Service
@@ -33,6 +34,12 @@ HEADERS = {
 # Most numbers in the examples sent to the page, but at least one example: writing more would delay
 # other requests.
 MOST_VALUES = 100_000
+# Initial values of the controls of the page.
+DEFAULTS = {
+    name: field.default
+    for name, field in UncertaintyRequest.model_fields.items()
+    if not field.is_required() and field.default is not None
+}
 # Fields of a manifest that the page gets.
 FIELDS = {"name", "version", "task", "input", "outputs", "sites", "noise"}
 
@@ -77,8 +84,10 @@ def router(
 
     @routes.get("/console/service")
     async def about() -> Response:
-        """Return the served models, and whether requests need a key."""
-        return starlette_response({"keys": context.keys is not None} | service.status())
+        """Return the served models, the defaults of a request, and whether requests need a key."""
+        return starlette_response(
+            {"keys": context.keys is not None, "defaults": DEFAULTS} | service.status()
+        )
 
     @routes.get("/console/models/{name}/versions/{version}", dependencies=[guard])
     async def describe(name: str, version: str, request: Request) -> Response:

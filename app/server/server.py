@@ -25,10 +25,22 @@ from dropserve.app.server.connection import Connection, State, readable
 
 # Grace period for open connections after the port closes.
 GRACE_SECONDS = 0.1
-# Linux's option for a socket's packet filter, which Python's socket module lacks, and a filter of
-# one instruction, "keep 0 bytes" (socket(7), and linux/filter.h for the layout).
+# How long a handshake may still take once new ones are dropped.
+HANDSHAKE_SECONDS = 0.05
+# Linux's option for a socket's packet filter, which Python's socket module lacks, and a filter that
+# drops each SYN except a SYN-ACK (socket(7); linux/filter.h has the layout: code, jump if true,
+# jump if false, operand).
 SO_ATTACH_FILTER = 26
-KEEP_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
+DROP_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of the TCP header that holds the flags
+        (0x54, 0, 0, 0x12),  # keep SYN and ACK of it
+        (0x15, 0, 1, 0x02),  # unless it is SYN alone, skip one
+        (0x06, 0, 0, 0),  # drop the packet
+        (0x06, 0, 0, 0xFFFFFFFF),  # take the whole packet
+    )
+)
 # Connections accepted in one turn of the loop; more would leave none to the other workers.
 ACCEPT_AT_ONCE = 32
 
@@ -144,6 +156,10 @@ class Server(uvicorn.Server):
         """Close the port, then idle connections, and wait for responses."""
         for server in self.servers:
             server.close()
+        if self.alone and not self.force_exit:
+            for port in self.ports:
+                drop_handshakes(port)
+            await asyncio.sleep(HANDSHAKE_SECONDS)
         for port in self.ports:
             asyncio.get_running_loop().remove_reader(port)
             self._close(port)
@@ -158,8 +174,6 @@ class Server(uvicorn.Server):
     def _close(self, port: socket.socket) -> None:
         """Close a port; accept the connections in its queue, which may have sent requests."""
         clients: list[socket.socket] = []
-        if self.alone:
-            turn_away(port)
         # Within one turn of the loop, as responses would bring clients back. Another worker may
         # accept a connection first.
         with contextlib.suppress(OSError):
@@ -170,14 +184,15 @@ class Server(uvicorn.Server):
             self._connect(client)
 
 
-def turn_away(port: socket.socket) -> None:
-    """Have the kernel drop incoming packets of a port, so that no client can connect any more.
+def drop_handshakes(port: socket.socket) -> None:
+    """Have the kernel drop attempts to connect to a port; handshakes under way go on.
 
-    A client's kernel retries by itself a second later, and is refused once the port is closed.
-    Connections that wait to be accepted lose nothing but time.
+    A client whose attempt is dropped repeats it by itself a second later, and is refused once the
+    port is closed. Dropping every packet instead would leave clients half connected: their
+    first request would be reset.
     """
-    program = ctypes.create_string_buffer(KEEP_NOTHING)
-    value = struct.pack("HP", 1, ctypes.addressof(program))
+    program = ctypes.create_string_buffer(DROP_SYN)
+    value = struct.pack("HP", len(DROP_SYN) // 8, ctypes.addressof(program))
     # The system may not support filters.
     with contextlib.suppress(OSError):
         port.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, value)

@@ -1,4 +1,4 @@
-"""The console in a real browser, and what a person does there."""
+"""The console in a real browser, and the actions of a person there."""
 
 import json
 import re
@@ -19,7 +19,7 @@ expect.set_options(timeout=20_000)
 
 
 def launch(playwright: Playwright) -> Browser:
-    """Start the browser of this machine; it finds no host but this one."""
+    """Start this machine's browser, which can reach no host but 127.0.0.1."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     assert found, "there is no Chromium; `make browser` installs it"
     return playwright.chromium.launch(
@@ -28,7 +28,7 @@ def launch(playwright: Playwright) -> Browser:
 
 
 class Console:
-    """The console in a tab, and all that went on in it."""
+    """The console in a tab, with the errors and requests of the page."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
@@ -49,11 +49,11 @@ class Console:
             self.errors.append(text)
 
     def answered(self) -> None:
-        """Wait until all that was put in is answered."""
+        """Wait for the answer to the current input."""
         expect(self.page.locator("#console")).to_have_attribute("aria-busy", "false")
 
     def answer_of(self, act: Callable[[], object], path: str = "debug/mc") -> dict[str, Any]:
-        """Do something, and return the answer that it leads to once it is shown."""
+        """Act, and return the answer that follows, once it is shown."""
         with self.page.expect_response(lambda answer: answer.url.endswith(f"/{path}")) as found:
             act()
         self.answered()
@@ -63,7 +63,7 @@ class Console:
     def choose(self, name: str, path: str = "debug/mc") -> dict[str, Any]:
         """Choose a model."""
         model = self.page.get_by_label("Model")
-        # The first that is served is chosen already.
+        # Selecting the current model again would change nothing.
         model.evaluate("select => { select.value = ''; }")
         return self.answer_of(lambda: model.select_option(f"{name} 1"), path)
 
@@ -72,26 +72,26 @@ class Console:
         self.page.get_by_role("button", name=button, exact=True).click()
 
     def press(self, button: str) -> dict[str, Any]:
-        """Press a button that asks."""
+        """Press a button that sends a request; return the answer."""
         return self.answer_of(lambda: self.press_only(button))
 
     def example(self, truth: str) -> dict[str, Any]:
-        """Take the first real example of a class."""
+        """Take the first real example of a class; return the answer."""
         name = re.compile(rf"^Example \d+: {truth}$")
         return self.answer_of(self.page.get_by_role("button", name=name).first.click)
 
     def set(self, **fields: str) -> dict[str, Any]:
-        """Fill in controls and ask."""
+        """Fill in controls and run; return the answer."""
         for name, value in fields.items():
             box = self.page.locator(f"[name={name}]")
             box.fill(value)
-            # Who leaves a field has changed it, which asks, too.
+            # Leaving a changed field sends a request, too.
             box.blur()
         self.answered()
-        return self.press("Ask")
+        return self.press("Run")
 
     def area(self) -> Callable[[Point], Point]:
-        """Bring the drawing area into view; return where on the screen its points are."""
+        """Bring the drawing area into view; return a map of its points to the screen's."""
         area = self.page.locator("#drawing")
         area.scroll_into_view_if_needed()
         box = area.bounding_box()
@@ -100,7 +100,7 @@ class Console:
         return lambda point: (left + point[0] * width, top + point[1] * height)
 
     def draw(self, strokes: Sequence[Sequence[Point]]) -> dict[str, Any]:
-        """Draw with the mouse, on a blank area."""
+        """Draw with the mouse on a blank area; return the answer."""
         self.press("Blank")
         on_screen = self.area()
         mouse = self.page.mouse
@@ -110,12 +110,12 @@ class Console:
             for point in others:
                 mouse.move(*on_screen(point), steps=4)
             mouse.up()
-        # Parts of it may have been asked about, too; what counts is the last answer.
+        # Requests for parts of the drawing may have gone out, too; the last answer counts.
         self.answered()
-        return self.press("Ask")
+        return self.press("Run")
 
     def touch(self, *fingers: Sequence[Point]) -> dict[str, Any]:
-        """Draw with fingers at a time, on a blank area: each goes through as many points."""
+        """Draw with fingers at once on a blank area, each through the same number of points."""
         self.press("Blank")
         on_screen = self.area()
         session = self.page.context.new_cdp_session(self.page)
@@ -128,10 +128,10 @@ class Console:
             session.send("Input.dispatchTouchEvent", event)
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         self.answered()
-        return self.press("Ask")
+        return self.press("Run")
 
     def request(self) -> dict[str, Any]:
-        """Return the body of the request that the curl line makes."""
+        """Return the body of the curl line's request."""
         words = shlex.split(self.page.locator("#curl").input_value())
         body: dict[str, Any] = json.loads(words[words.index("-d") + 1])
         return body
@@ -142,17 +142,17 @@ class Console:
         return [strip.evaluate("canvas => canvas.toDataURL()") for strip in strips]
 
     def text(self, selector: str) -> str:
-        """Return what is to be read at a place."""
+        """Return the text at a place."""
         return self.page.locator(selector).inner_text()
 
     def all_shown(self, passes: int) -> None:
-        """Wait until so many passes have appeared."""
+        """Wait until all of so many passes have appeared."""
         expect(self.page.locator(".counter")).to_have_text(f"(pass {passes} of {passes})")
 
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Console]:
-    """Open the console in a browser of its own settings."""
+    """Open the console in a browser context with these options."""
     context = browser.new_context(**options)
     try:
         yield Console(context.new_page(), url)

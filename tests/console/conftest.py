@@ -21,7 +21,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def unusual(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models as ``tests.console.unusual`` makes them."""
+    """The models folder that ``tests.console.unusual`` makes."""
     from tests.console import unusual
 
     return once(tmp_path_factory, "unusual", unusual.make) / "models"
@@ -40,7 +40,7 @@ def url(client: httpx.Client) -> str:
 
 @pytest.fixture
 def console(browser: Browser, url: str) -> Iterator[Console]:
-    """The console of a service with all models, where nothing must go wrong."""
+    """The console of a service with all models, in which no error may occur."""
     with opened(browser, url) as console:
         console.choose("digits")
         yield console

@@ -1,6 +1,6 @@
 """Take a picture of each state of the console: ``make screenshots``.
 
-The pictures are in ``docs/console/``, the bundles that they are of in ``build/screenshots/``.
+The pictures go to ``docs/console/``, the bundles that they show to ``build/screenshots/``.
 """
 
 import csv
@@ -22,7 +22,7 @@ from tests.end_to_end.test_access import new_key
 FOLDER = ROOT / "build" / "screenshots"
 PICTURES = ROOT / "docs" / "console"
 WINE = FOLDER / "wine.csv"
-# What is shown, and how it is trained.
+# The models, and the options of their training.
 MODELS = {
     "digits": ["--data", "digits"],
     "double": ["--data", "digits", "--scaling", "double"],
@@ -30,16 +30,16 @@ MODELS = {
     "wine": ["--data", str(WINE), "--target", "cultivar"],
 }
 WIDE = {"viewport": {"width": 1080, "height": 860}}
-# A page is flat areas and thin lines: more colours are not seen, and cost twice the bytes.
+# Flat areas and thin lines: more colours would not be visible, and cost twice the bytes.
 COLOURS = 200
 
 
 def main() -> None:
-    """Train what is missing, and take all pictures."""
+    """Train missing models, and take all pictures."""
     make_models()
     PICTURES.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        # A service's log is of no interest here.
+        # Keeps the services' logs off the screen.
         stack.enter_context(redirect_stdout(io.StringIO()))
         browser = launch(stack.enter_context(sync_playwright()))
         client = stack.enter_context(service(FOLDER / "models"))
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_models() -> None:
-    """Train and export what is not there yet."""
+    """Train and export the models that do not exist yet."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     wine = load_wine()
     with WINE.open("w", newline="") as file:
@@ -86,12 +86,12 @@ def fooled(console: Console) -> None:
 
 
 def regression(console: Console) -> None:
-    """A value, and what its spread is made of."""
+    """A value, and the parts of its spread."""
     console.choose("diabetes")
 
 
 def beyond(console: Console) -> None:
-    """A slider far beyond what the model was trained on."""
+    """A slider far beyond the training data."""
     console.choose("diabetes")
     console.page.get_by_label("bmi, slider").focus()
     console.answer_of(lambda: console.page.keyboard.press("End"))
@@ -114,7 +114,7 @@ def double(console: Console) -> None:
 
 
 def error(console: Console) -> None:
-    """What the service refuses."""
+    """A refused request."""
     console.choose("digits")
     console.set(passes="20000")
 

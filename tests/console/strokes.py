@@ -1,4 +1,4 @@
-"""Digits as a hand would draw them: lines between points, as shares of width and height."""
+"""Digits as drawn by hand: lines between points, as shares of width and height."""
 
 from math import cos, radians, sin
 

@@ -18,14 +18,14 @@ AXE = ROOT / "build" / "npm" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 def finding(console: Console) -> list[str]:
-    """Return what axe-core finds wrong with the page as it is."""
+    """Return the violations that axe-core finds in the page's current state."""
     console.page.evaluate(AXE.read_text())
     found = console.page.evaluate("axe.run()")
     return [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found["violations"]]
 
 
 def check(console: Console, state: str) -> None:
-    """Find nothing wrong, and nothing that does not fit."""
+    """Check that there are no violations, and that everything fits in its place."""
     assert (state, finding(console)) == (state, [])
     outside = console.page.evaluate(
         """() => [...document.querySelectorAll("main *")].filter(each => {
@@ -66,7 +66,7 @@ def test_axe_finds_nothing_wrong_in_any_state(
             check(console, name)
 
 
-def test_axe_finds_nothing_wrong_with_the_question_for_a_key(
+def test_axe_finds_nothing_wrong_with_the_form_for_a_key(
     browser: Browser, built: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys.json"

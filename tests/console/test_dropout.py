@@ -1,4 +1,4 @@
-"""What the console shows of the dropout itself: sites, masks, eval mode against the passes."""
+"""The console's view of dropout: sites, masks, eval mode versus the passes."""
 
 import re
 
@@ -10,7 +10,7 @@ from tests.console.browser import Console
 pytestmark = pytest.mark.browser
 
 
-def test_passes_scatter_as_the_models_p_has_it(console: Console) -> None:
+def test_passes_scatter_according_to_the_models_p(console: Console) -> None:
     spread = {}
     for name, p in (("digits", 0.5), ("double", 0.3)):
         console.choose(name)
@@ -42,7 +42,7 @@ def test_a_mask_is_drawn_unit_by_unit(console: Console, client: httpx.Client) ->
         assert [int(alpha > 128) for alpha in alphas] == site["mask"]
 
 
-def test_a_double_models_gap_is_seen_and_explained(console: Console) -> None:
+def test_the_gap_of_a_double_model_is_shown_and_explained(console: Console) -> None:
     lengths = {}
     for name in ("digits", "double"):
         console.choose(name)

@@ -1,4 +1,4 @@
-"""The console's input of images: what is drawn, with mouse, finger or keys, is asked about."""
+"""The console's image input: drawings by mouse, finger or keyboard, examples, presets."""
 
 import re
 from itertools import pairwise
@@ -13,19 +13,19 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("digit", DIGITS)
-def test_a_digit_that_is_drawn_is_the_label(console: Console, digit: str) -> None:
+def test_a_drawn_digit_is_recognised(console: Console, digit: str) -> None:
     answer = console.draw(DIGITS[digit])
     assert answer["labels"] == [digit]
     assert console.text("#headline").startswith(f"{digit}, with ")
     assert console.text(".classes .top th") == digit
 
 
-def test_a_digit_may_be_drawn_small_and_in_a_corner(console: Console) -> None:
+def test_a_digit_drawn_small_and_in_a_corner_is_recognised(console: Console) -> None:
     small = [[(0.1 + 0.3 * x, 0.6 + 0.3 * y) for x, y in stroke] for stroke in DIGITS["3"]]
     assert console.draw(small)["labels"] == ["3"]
 
 
-def test_a_digit_may_be_drawn_with_a_finger(browser: Browser, url: str) -> None:
+def test_a_digit_can_be_drawn_with_a_finger(browser: Browser, url: str) -> None:
     (corners,) = DIGITS["7"]
     way = [
         (x + (to_x - x) * part / 8, y + (to_y - y) * part / 8)
@@ -38,7 +38,7 @@ def test_a_digit_may_be_drawn_with_a_finger(browser: Browser, url: str) -> None:
         assert console.errors == []
 
 
-def test_a_digit_may_be_drawn_with_the_keyboard_alone(console: Console) -> None:
+def test_a_digit_can_be_drawn_with_the_keyboard_alone(console: Console) -> None:
     console.press("Blank")
     page = console.page
     page.locator("#drawing").focus()
@@ -50,10 +50,10 @@ def test_a_digit_may_be_drawn_with_the_keyboard_alone(console: Console) -> None:
             page.keyboard.press(key)
     assert re.fullmatch(r"Pen up, \d+ % from the left, \d+ % from the top", console.text("#pen"))
     console.answered()
-    assert console.press("Ask")["labels"] == ["7"]
+    assert console.press("Run")["labels"] == ["7"]
 
 
-def test_what_is_asked_about_is_what_is_seen(console: Console) -> None:
+def test_the_row_that_is_sent_is_the_image_that_is_shown(console: Console) -> None:
     console.draw(DIGITS["0"])
     seen = console.page.locator("#seen").evaluate(
         """canvas => Array.from(canvas.getContext("2d")
@@ -66,10 +66,10 @@ def test_what_is_asked_about_is_what_is_seen(console: Console) -> None:
 def test_real_examples_come_with_their_true_answer(console: Console) -> None:
     answer = console.example("4")
     assert answer["labels"] == ["4"]
-    assert console.text("#truth").startswith("Truly: 4.")
+    assert console.text("#truth").startswith("True answer: 4.")
 
 
-def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
+def test_drawing_on_an_example_changes_it(console: Console) -> None:
     before = console.example("1")
     on_screen = console.area()
     console.page.mouse.move(*on_screen((0.1, 0.5)))
@@ -77,7 +77,7 @@ def test_what_is_drawn_on_an_example_changes_it(console: Console) -> None:
     console.page.mouse.move(*on_screen((0.9, 0.7)), steps=5)
     console.page.mouse.up()
     console.answered()
-    after = console.press("Ask")
+    after = console.press("Run")
     assert console.text("#truth") == "Drawn on."
     assert after["predictive_entropy"][0] > 3 * before["predictive_entropy"][0]
 
@@ -94,7 +94,7 @@ def test_two_fingers_draw_two_lines(browser: Browser, url: str) -> None:
         assert console.errors == []
 
 
-def test_a_preset_ends_what_is_being_drawn(console: Console) -> None:
+def test_a_preset_ends_the_stroke_under_way(console: Console) -> None:
     area = console.page.locator("#drawing")
     area.hover()
     console.page.mouse.down()
@@ -123,7 +123,7 @@ def test_images_of_three_channels_are_shown_in_colour(browser: Browser, unusual_
 
 
 @pytest.mark.parametrize("preset", ["Blank", "Noise", "Two overlaid", "A letter"])
-def test_what_should_fool_the_network_leaves_it_less_sure_than_its_examples(
+def test_presets_leave_the_network_less_sure_than_its_examples(
     console: Console, preset: str
 ) -> None:
     sure = [console.example(f"{label}") for label in ("0", "4", "7")]

@@ -1,4 +1,4 @@
-"""The console's passes of a classification: each a dot, and what they say together."""
+"""The console's view of a classification: its passes as dots, and their statistics."""
 
 import re
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 
 
 def means(console: Console) -> list[str]:
-    """Return the class table's means, as they are to be read."""
+    """Return the means as the class table shows them."""
     return console.page.locator(".classes strong").all_inner_texts()
 
 
@@ -27,7 +27,7 @@ def test_passes_appear_one_after_the_other(console: Console) -> None:
                 subtree: true, childList: true, characterData: true });
         }"""
     )
-    console.press("Ask with another seed")
+    console.press("Run with a new seed")
     console.all_shown(100)
     texts = console.page.evaluate("window.seen")
     shown = [int(at) for text in texts for at in re.findall(r"pass (\d+) of 100", text)]
@@ -35,7 +35,7 @@ def test_passes_appear_one_after_the_other(console: Console) -> None:
     assert shown == sorted(shown)
 
 
-def test_who_wants_no_motion_gets_all_passes_at_once(browser: Browser, url: str) -> None:
+def test_with_reduced_motion_all_passes_appear_at_once(browser: Browser, url: str) -> None:
     with opened(browser, url, reduced_motion="reduce") as console:
         console.choose("digits")
         assert console.text(".counter") == "(pass 100 of 100)"
@@ -70,7 +70,7 @@ def test_each_dot_is_where_its_pass_is_and_nowhere_else(browser: Browser, url: s
                     raise AssertionError(f"class {c}: no dot in column {x}")
 
 
-def test_bars_and_whiskers_are_the_mean_and_what_is_known_of_it(console: Console) -> None:
+def test_bars_and_whiskers_show_the_mean_and_its_confidence_interval(console: Console) -> None:
     answer = console.press("Two overlaid")
     whiskers = 0
     for c in range(10):
@@ -83,8 +83,8 @@ def test_bars_and_whiskers_are_the_mean_and_what_is_known_of_it(console: Console
         mean, error = answer["mean"][0][c], answer["standard_error"][0][c]
         width = bar[2]
         assert bar[1] / width == pytest.approx(mean, abs=2 / width)
-        reach = 2 * 1.6449 * error  # of a normal, 90 % within
-        # Where it ends within the chart.
+        reach = 2 * 1.6449 * error  # 90 % of a normal lie within
+        # Only whiskers that end within the chart.
         if reach / 2 < mean < 1 - reach / 2 and reach * width > 3:
             whiskers += 1
             assert whisker[0] / width == pytest.approx(mean - reach / 2, abs=4 / width)
@@ -105,17 +105,17 @@ def test_of_many_classes_the_likeliest_are_shown(browser: Browser, unusual_url: 
         assert console.page.locator(".classes tbody tr").count() == 20
         assert means(console)[0] == f"{max(mean):.3f}"
         assert f"{len(mean) - 20} less likely classes are left out." in console.text("#answer")
-        # Who would say something else than the label of the mean, which not all passes need name.
+        # Passes that do not favour the class of the greatest mean.
         for seed in map(str, range(8)):
             answer = console.set(seed=seed)
             best = answer["mean"][0].index(max(answer["mean"][0]))
             against = sum(max(sample[0]) > sample[0][best] for sample in answer["samples"])
-            said = f"; {against} of them would say something else." if against else "; all agree."
+            said = f"; {against} of them say otherwise." if against else "; all agree."
             assert console.text("#headline").endswith(f" over 100 passes{said}")
         assert console.errors == []
 
 
-def test_a_single_pass_is_said_to_be_one(console: Console) -> None:
+def test_a_single_pass_is_described_as_one(console: Console) -> None:
     answer = console.set(passes="1")
     assert answer["standard_error"] is None
     assert console.text("#headline").endswith(" on average over 1 pass.")
@@ -140,15 +140,15 @@ def test_the_same_seed_shows_the_same_passes(console: Console) -> None:
     assert shown[0] != shown[1]
 
 
-def test_without_a_seed_one_is_drawn_and_named(console: Console) -> None:
+def test_without_a_seed_one_is_drawn_and_shown(console: Console) -> None:
     answer = console.set(seed="")
     assert f"seed {answer['seed']}," in console.text("#answered-by")
     again = console.set(seed=str(answer["seed"]))
     assert again["mean"] == answer["mean"]
-    assert console.press("Ask with another seed")["seed"] != answer["seed"]
+    assert console.press("Run with a new seed")["seed"] != answer["seed"]
 
 
-def test_controls_are_what_is_asked_for(console: Console) -> None:
+def test_requests_follow_the_controls(console: Console) -> None:
     console.page.get_by_label("Masks").select_option("stratified")
     console.answered()
     answer = console.set(passes="40", interval="0.5")

@@ -1,4 +1,4 @@
-"""The console of a table and a regression: sliders, the predictive distribution, its parts."""
+"""The console's tables and regressions: sliders, the predictive distribution, its parts."""
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ def test_sliders_of_a_regression_move_its_distribution(console: Console) -> None
     moved = console.answer_of(lambda: console.page.keyboard.press("PageUp"))
     assert float(box.input_value()) == float(slider.input_value()) > value
     assert console.request()["inputs"][0][2] == float(box.input_value())
-    # It is no real example any more.
+    # The row is no longer a real example.
     assert console.page.get_by_label("Real example").input_value() == ""
-    # More weight for the same height: the disease is expected to go on faster.
+    # The disease is expected to progress faster with a greater body mass index.
     assert moved["mean"][0][0] > before["mean"][0][0]
     # To three digits of the spread, which is some 50.
     assert console.text("#headline").startswith(f"progression: {moved['mean'][0][0]:.1f}, give or")
@@ -64,7 +64,7 @@ def test_a_density_shows_the_interval_and_both_parts_of_the_spread(console: Cons
     )
 
 
-def test_beyond_what_it_was_trained_on_the_model_is_less_sure(console: Console) -> None:
+def test_beyond_its_training_data_the_model_is_less_sure(console: Console) -> None:
     before = console.choose("diabetes")
     slider = console.page.get_by_label("bmi, slider")
     slider.focus()
@@ -73,7 +73,7 @@ def test_beyond_what_it_was_trained_on_the_model_is_less_sure(console: Console) 
     assert far["aleatoric_std"] == before["aleatoric_std"]
 
 
-def test_a_feature_that_is_no_number_is_named(browser: Browser, url: str) -> None:
+def test_a_feature_that_is_no_number_is_reported(browser: Browser, url: str) -> None:
     with opened(browser, url) as console:
         console.choose("diabetes")
         box = console.page.get_by_label("age", exact=True)
@@ -81,7 +81,9 @@ def test_a_feature_that_is_no_number_is_named(browser: Browser, url: str) -> Non
         expect(console.page.get_by_role("alert")).to_contain_text("inputs.0.0: ")
 
 
-def test_values_are_written_as_finely_as_they_scatter(browser: Browser, unusual_url: str) -> None:
+def test_values_are_written_to_the_precision_of_their_spread(
+    browser: Browser, unusual_url: str
+) -> None:
     with opened(browser, unusual_url) as console:
         answer = console.choose("two")
         figures = console.page.locator("#answer figure")
@@ -99,7 +101,7 @@ def test_values_are_written_as_finely_as_they_scatter(browser: Browser, unusual_
         assert console.errors == []
 
 
-def test_noise_that_is_narrower_than_the_page_can_draw_leaves_a_smooth_curve(
+def test_noise_too_narrow_to_draw_leaves_a_smooth_curve(
     console: Console,
 ) -> None:
     console.choose("diabetes")

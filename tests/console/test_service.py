@@ -22,7 +22,7 @@ pytestmark = pytest.mark.browser
 REFUSED = "Failed to load resource: the server responded with a status of "
 
 
-def test_the_curl_line_asks_for_the_same_again(console: Console) -> None:
+def test_the_curl_line_repeats_the_request(console: Console) -> None:
     console.press("Noise")
     answer = console.set(seed="")
     words = shlex.split(console.page.locator("#curl").input_value())
@@ -37,6 +37,25 @@ def test_the_curl_line_asks_for_the_same_again(console: Console) -> None:
     assert copied == console.page.locator("#curl").input_value()
 
 
+def test_the_controls_begin_with_the_services_defaults(
+    browser: Browser, client: httpx.Client, url: str
+) -> None:
+    told = client.get("/console/service").json()
+
+    def differ(route: Route) -> None:
+        defaults = {"passes": 30, "interval": 0.5, "masks": "stratified"}
+        route.fulfill(json=told | {"defaults": defaults})
+
+    with opened(browser, url) as console:
+        request = console.request()
+        assert {name: request[name] for name in told["defaults"]} == told["defaults"]
+        console.page.route("**/console/service", differ)
+        answer = console.answer_of(console.page.reload)
+        assert (answer["passes"], answer["interval"]["level"]) == (30, 0.5)
+        assert console.request()["masks"] == "stratified"
+        assert console.errors == []
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -47,7 +66,7 @@ def test_the_curl_line_asks_for_the_same_again(console: Console) -> None:
         ("seed", "-1", "seed: Input should be greater than or equal to 0 (422)"),
     ],
 )
-def test_what_is_not_allowed_is_said_in_the_services_words(
+def test_a_refusal_is_shown_in_the_services_words(
     browser: Browser, url: str, field: str, value: str, said: str
 ) -> None:
     with opened(browser, url) as console:
@@ -63,30 +82,32 @@ def test_what_is_not_allowed_is_said_in_the_services_words(
         assert {error.partition("422")[0] for error in console.errors} == {REFUSED}
 
 
-def test_a_service_that_is_gone_is_said_to_be(browser: Browser, built: Path) -> None:
+def test_a_service_that_is_gone_is_reported(browser: Browser, built: Path) -> None:
     with ExitStack() as stack:
         with service(built / "models") as client:
             console = stack.enter_context(opened(browser, str(client.base_url)))
             console.choose("digits")
-        console.page.get_by_role("button", name="Ask", exact=True).click()
+        console.page.get_by_role("button", name="Run", exact=True).click()
         alert = console.page.get_by_role("alert")
-        expect(alert).to_have_text("The service does not answer.")
+        expect(alert).to_have_text("The service is not responding.")
 
 
-def test_what_is_not_the_services_answer_is_not_taken_for_one(browser: Browser, url: str) -> None:
+def test_a_response_from_elsewhere_is_not_taken_for_the_services(
+    browser: Browser, url: str
+) -> None:
     with opened(browser, url) as console:
         console.choose("digits")
         console.page.route("**/debug/mc", lambda route: route.fulfill(body="<h1>Log in</h1>"))
-        console.press_only("Ask")
+        console.press_only("Run")
         expect(console.page.get_by_role("alert")).to_have_text(
-            "Something else than the service has answered (200)."
+            "The response is not from the service (200)."
         )
         console.answered()
         assert not console.page.locator("#answers").is_visible()
 
 
 def hold(console: Console, pattern: str, act: Callable[[], object]) -> Route:
-    """Do something, and keep the request of a kind that follows from the service."""
+    """Act, and hold back the first request that matches the pattern."""
     held: list[Route] = []
 
     def handle(route: Route) -> None:
@@ -103,9 +124,7 @@ def hold(console: Console, pattern: str, act: Callable[[], object]) -> Route:
     return held[0]
 
 
-def test_an_answer_that_comes_late_is_not_shown_for_what_was_asked_since(
-    browser: Browser, url: str
-) -> None:
+def test_a_late_answer_is_not_shown_for_a_newer_request(browser: Browser, url: str) -> None:
     with opened(browser, url) as console:
         console.choose("digits")
         held = hold(console, "**/debug/mc", lambda: console.press_only("Noise"))
@@ -118,7 +137,7 @@ def test_an_answer_that_comes_late_is_not_shown_for_what_was_asked_since(
         assert console.errors == []
 
 
-def test_until_a_model_has_answered_no_answer_stands_under_its_name(
+def test_until_a_model_has_answered_no_answer_is_shown_under_its_name(
     browser: Browser, url: str
 ) -> None:
     with opened(browser, url) as console:
@@ -132,7 +151,7 @@ def test_until_a_model_has_answered_no_answer_stands_under_its_name(
         assert console.text("#headline").startswith("progression: ")
 
 
-def test_what_went_wrong_with_a_model_that_is_no_longer_picked_is_not_said(
+def test_an_error_of_a_model_that_is_no_longer_selected_is_not_shown(
     browser: Browser, url: str
 ) -> None:
     with opened(browser, url) as console:
@@ -147,20 +166,20 @@ def test_what_went_wrong_with_a_model_that_is_no_longer_picked_is_not_said(
         assert console.text("#answered-by").startswith("double, ")
 
 
-def test_a_model_that_is_gone_is_said_to_be(browser: Browser, built: Path) -> None:
+def test_a_model_that_is_gone_is_reported(browser: Browser, built: Path) -> None:
     with (
         service(built / "models") as client,
         opened(browser, str(client.base_url)) as console,
     ):
         console.choose("digits")
         assert client.post("/v2/repository/models/digits/unload").status_code == 200
-        console.press_only("Ask")
+        console.press_only("Run")
         alert = console.page.get_by_role("alert")
         expect(alert).to_contain_text("no model 'digits'; served are: diabetes, double (404)")
-        expect(alert).to_contain_text("Load the page again")
+        expect(alert).to_contain_text("Reload the page")
 
 
-def test_a_service_that_begins_to_ask_for_keys_is_given_one(
+def test_the_page_asks_for_a_key_once_the_service_needs_one(
     browser: Browser, built: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys.json"
@@ -173,20 +192,22 @@ def test_a_service_that_begins_to_ask_for_keys_is_given_one(
         stack.enter_context(
             service(built / "models", DROPSERVE_API_KEYS_FILE=str(file), DROPSERVE_PORT=port)
         )
-        console.press_only("Ask")
+        console.press_only("Run")
         box = console.page.get_by_label("API key")
         expect(box).to_be_visible()
         box.fill("ключ")
-        console.press_only("Use it")
-        expect(console.page.get_by_role("alert")).to_have_text("A key has no such characters.")
+        console.press_only("Use key")
+        expect(console.page.get_by_role("alert")).to_have_text(
+            "Keys hold visible ASCII characters only."
+        )
         box.fill(key)
-        answer = console.answer_of(lambda: console.press_only("Use it"))
+        answer = console.answer_of(lambda: console.press_only("Use key"))
         assert answer["model"] == "digits"
         assert box.input_value() == ""
 
 
 @pytest.mark.parametrize("seed", ["9007199254740993", "1e400", "1.5"])
-def test_a_seed_that_a_page_cannot_hold_is_refused_and_not_changed(
+def test_a_seed_that_javascript_cannot_hold_is_refused_and_not_changed(
     browser: Browser, url: str, seed: str
 ) -> None:
     with opened(browser, url) as console:
@@ -196,9 +217,7 @@ def test_a_seed_that_a_page_cannot_hold_is_refused_and_not_changed(
         assert console.request()["seed"] == seed
 
 
-def test_without_debug_it_does_without_the_passes_and_says_so(
-    browser: Browser, built: Path
-) -> None:
+def test_without_debug_the_page_omits_the_passes_and_says_so(browser: Browser, built: Path) -> None:
     with (
         service(built / "models", DROPSERVE_DEBUG="0") as client,
         opened(browser, str(client.base_url)) as console,
@@ -230,11 +249,11 @@ def test_with_keys_it_asks_for_one_and_keeps_it_in_memory_only(
         expect(box).to_be_visible()
         assert not page.locator("#console").is_visible()
         box.fill("ds_wrong")
-        page.get_by_role("button", name="Use it").click()
+        page.get_by_role("button", name="Use key").click()
         expect(page.get_by_role("alert")).to_have_text("the API key is not known (401)")
         console.errors.clear()
         box.fill(key)
-        answer = console.answer_of(page.get_by_role("button", name="Use it").click)
+        answer = console.answer_of(page.get_by_role("button", name="Use key").click)
         assert len(answer["samples"]) == 100
         expect(page.get_by_role("alert")).to_be_hidden()
         curl = page.locator("#curl").input_value()
@@ -264,7 +283,7 @@ def test_a_key_that_is_not_for_the_passes_shows_the_rest(
         opened(browser, str(client.base_url)) as console,
     ):
         console.page.get_by_label("API key").fill(key)
-        use = console.page.get_by_role("button", name="Use it")
+        use = console.page.get_by_role("button", name="Use key")
         console.answer_of(use.click, "predict")
         expect(console.page.locator("#no-passes")).to_be_visible()
         assert console.errors == []

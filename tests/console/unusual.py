@@ -1,4 +1,4 @@
-"""Models that the page must show, too: of many classes, several targets, colours, odd names."""
+"""Unusual models that the page must show: many classes, several targets, colours, odd names."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ ROWS = 400
 HOW = TrainingConfig(epochs=8, patience=None)
 EVIL = "<img src=x onerror=document.title='hit'>"
 LONG = "a_name_that_nobody_would_read_out_and_that_has_no_place_to_break_it_in_two"
-# Twenty and more: those that are not likely are left out.
+# More than the twenty that the page shows.
 CLASSES = 30
 
 
@@ -24,7 +24,7 @@ def make(folder: Path) -> None:
 
 
 def many() -> tuple[Dataset, NetworkConfig]:
-    """A table of many classes, whose names are not what one expects."""
+    """A table of many classes, with odd names."""
     random = np.random.default_rng(1)
     y = random.integers(0, CLASSES, ROWS)
     x = np.stack([np.cos(y), np.sin(y), y], axis=1) + random.normal(0, 0.3, (ROWS, 3))
@@ -38,7 +38,7 @@ def many() -> tuple[Dataset, NetworkConfig]:
 
 
 def two() -> tuple[Dataset, NetworkConfig]:
-    """Two targets of other sizes, far from 0, whose noise depends on the input."""
+    """Two targets of different sizes, far from 0, whose noise depends on the input."""
     random = np.random.default_rng(2)
     x = random.normal(0, 1, (ROWS, 2))
     noise = random.normal(0, 1, (ROWS, 2)) * (0.5 + np.abs(x[:, :1]))
@@ -52,7 +52,7 @@ def two() -> tuple[Dataset, NetworkConfig]:
 
 
 def coloured() -> tuple[Dataset, NetworkConfig]:
-    """Images of three channels, a class for the one that is bright."""
+    """Images of three channels, whose class is the bright one."""
     random = np.random.default_rng(3)
     y = random.integers(0, 3, ROWS)
     x = random.uniform(0, 0.3, (ROWS, 3, 6, 9))

@@ -1,4 +1,4 @@
-"""Who may ask: keys and their scopes, addresses that others reach, pages of other origins."""
+"""Access: keys and their scopes, addresses other than loopback, pages of other origins."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ PROTOCOL_BODY = {
 }
 MASKS_BODY = {"model": "digits", "version": 1, "passes": 1, "seed": 7, "masks": "independent"}
 SCOPES = ("predict", "debug", "admin")
-# What needs which scope; None: any key will do.
+# The scope that each route needs; None: any key.
 ROUTES: dict[tuple[str, str], str | None] = {
     ("POST", "/predict"): "predict",
     ("POST", "/uncertainty"): "predict",
@@ -39,7 +39,7 @@ OPEN = (
 
 
 def new_key(file: Path, *scopes: str) -> str:
-    """Make a key by the command."""
+    """Make a key with the command."""
     arguments = [word for scope in scopes for word in ("--scope", scope)]
     done = run("app", "key", "new", *arguments, "--file", str(file))
     assert done.returncode == 0, done.stderr
@@ -48,14 +48,14 @@ def new_key(file: Path, *scopes: str) -> str:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A key for each scope, and the file under "file"."""
+    """A key for each scope, by its name, and the keys file as "file"."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     return {scope: new_key(file, scope) for scope in SCOPES} | {"file": str(file)}
 
 
 @pytest.fixture(scope="module")
 def locked(built: Path, keys: dict[str, str]) -> Iterator[httpx.Client]:
-    """A client of a service that asks for keys."""
+    """A client of a service that requires keys."""
     with service(built / "models", DROPSERVE_API_KEYS_FILE=keys["file"]) as client:
         yield client
 
@@ -99,7 +99,7 @@ def test_a_request_without_a_key_is_refused_before_its_body_is_read(locked: http
     assert "body" not in answer.json()["detail"]
 
 
-def test_the_documentation_says_that_keys_are_needed(
+def test_the_documentation_says_that_keys_are_required(
     locked: httpx.Client, client: httpx.Client
 ) -> None:
     paths = locked.get("/openapi.json").json()["paths"]
@@ -160,7 +160,9 @@ def test_a_page_in_a_browser_may_not_change_models_of_an_open_service(
     assert refused.status_code == 403
 
 
-def test_a_keys_file_that_is_wrong_is_one_line_and_status_1(built: Path, tmp_path: Path) -> None:
+def test_a_bad_keys_file_ends_the_start_with_one_line_and_status_1(
+    built: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "keys.json"
     file.write_text('{"keys": []}')
     done = run("app", "--models", str(built / "models"), DROPSERVE_API_KEYS_FILE=str(file))

@@ -23,7 +23,7 @@ from tests.conftest import service
 
 Examples = Callable[[str], list[Any]]
 Json = dict[str, Any]
-# What another batch size may change by rounding.
+# How much rounding may change an answer at another batch size.
 ROUNDING = 1e-5
 
 
@@ -38,7 +38,7 @@ def close(one: object, other: object, tolerance: float = ROUNDING) -> None:
     np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=tolerance, atol=tolerance)
 
 
-def test_a_prediction_is_torchs_eval_mode(
+def test_a_prediction_equals_torchs_eval_mode(
     client: httpx.Client, built: Path, examples: Examples
 ) -> None:
     inputs = examples("digits")
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_another(
     assert one["mean"] != ask(client, route, **body, seed=8)["mean"]
 
 
-def test_a_drawn_seed_is_returned_and_asks_for_the_same_answer_again(
+def test_a_drawn_seed_is_returned_and_reproduces_the_answer(
     client: httpx.Client, examples: Examples
 ) -> None:
     body = {"inputs": examples("digits")[:3], "model": "digits"}
@@ -123,7 +123,7 @@ def test_a_row_has_the_same_passes_whatever_rows_follow_it(
     alone = ask(client, "/debug/mc", **body, inputs=inputs[:1])["samples"]
     beside = ask(client, "/debug/mc", **body, inputs=inputs)["samples"]
     close(np.array(alone)[:, 0], np.array(beside)[:, 0])
-    # Its place in the request counts, so the same row twice has passes of its own each time.
+    # Masks depend on a row's place in the request, so equal rows have different passes.
     twice = np.array(ask(client, "/debug/mc", **body, inputs=[inputs[0]] * 2)["samples"])
     assert (twice[:, 0] != twice[:, 1]).any()
 
@@ -175,7 +175,7 @@ def test_moments_are_those_of_the_samples(debugged: Json, built: Path) -> None:
     assert debugged["converged"] is None
     assert debugged["interval"]["level"] == 0.8
     if debugged["model"] == "diabetes":
-        # Of what is predicted: a tenth of the mixture lies on either side.
+        # Of the predictive distribution: a tenth of the mixture lies on either side.
         (noise_std,) = bundle.read_manifest(built / "models" / "diabetes" / "1").noise_std or ()
         below = stats.norm.cdf((np.array(debugged["interval"]["lower"]) - samples) / noise_std)
         above = stats.norm.sf((np.array(debugged["interval"]["upper"]) - samples) / noise_std)
@@ -220,7 +220,7 @@ def test_a_debug_answer_with_a_tolerance_shows_the_passes_it_took(
     assert answer["sites"] == without["sites"]
 
 
-def test_a_request_of_unknown_length_is_bounded_by_what_it_may_keep(
+def test_a_request_with_a_tolerance_is_bounded_by_the_passes_it_may_keep(
     client: httpx.Client, examples: Examples
 ) -> None:
     inputs = examples("digits")[:1] * 30
@@ -234,7 +234,7 @@ def test_a_request_of_unknown_length_is_bounded_by_what_it_may_keep(
 
 
 @pytest.mark.parametrize("tolerance", [0, -0.1, "small", 1e999])
-def test_a_tolerance_that_is_none_is_refused(
+def test_an_invalid_tolerance_is_refused(
     client: httpx.Client, examples: Examples, tolerance: object
 ) -> None:
     body = {"inputs": examples("digits")[:1], "model": "digits", "tolerance": tolerance}
@@ -326,7 +326,7 @@ def test_the_passes_are_torchs_train_mode_passes_in_distribution(
     assert (np.abs(np.array(answer["mean"]) - passes.mean(axis=0)) < 4.5 * error + 1e-7).all()
 
 
-def test_one_pass_answers_and_says_that_its_standard_error_is_not_known(
+def test_a_single_pass_is_answered_without_a_standard_error(
     client: httpx.Client, examples: Examples
 ) -> None:
     body = {"inputs": examples("digits")[:1], "model": "digits", "passes": 1}

@@ -57,7 +57,7 @@ def send(client: httpx.Client, route: str, text: str | bytes) -> httpx.Response:
 
 
 def body(**change: object) -> str:
-    """A good body with something changed, or taken away by a value of ``...``."""
+    """Return a valid body with fields changed, or left out by the value ``...``."""
     document = {"inputs": [ROW], "model": "digits"} | change
     return json.dumps({key: value for key, value in document.items() if value is not ...})
 
@@ -79,7 +79,9 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON.keys())
-def test_what_is_no_json_is_a_400(small: httpx.Client, route: str, text: str | bytes) -> None:
+def test_a_body_that_is_not_json_is_a_400(
+    small: httpx.Client, route: str, text: str | bytes
+) -> None:
     assert problem(send(small, route, text), 400).detail.startswith("the body is not JSON: ")
 
 
@@ -163,7 +165,7 @@ def test_passes_seed_and_interval_have_their_bounds(
 
 
 @pytest.mark.parametrize("field", ["passes", "seed", "interval", "masks"])
-def test_a_prediction_knows_no_passes(small: httpx.Client, field: str) -> None:
+def test_a_prediction_accepts_no_passes(small: httpx.Client, field: str) -> None:
     document = problem(send(small, "/predict", body(**{field: 1})), 422)
     assert document.errors is not None
     assert document.errors[0].path == field
@@ -183,7 +185,7 @@ def test_an_error_names_the_limit(small: httpx.Client, change: Any, says: str) -
     assert says in problem(send(small, "/uncertainty", body(**change)), 422).detail
 
 
-def test_a_debug_answer_has_a_limit_of_its_own(client: httpx.Client) -> None:
+def test_the_debug_endpoint_has_a_limit_of_its_own(client: httpx.Client) -> None:
     text = body(inputs=[ROW] * 11, passes=10_000)
     assert (
         "at most 1000000 here, not 1100000" in problem(send(client, "/debug/mc", text), 422).detail
@@ -246,13 +248,13 @@ def test_a_long_body_of_unknown_length_is_refused_while_it_comes_in(small: httpx
     assert "at most 20000 bytes" in problem(answer, 413).detail
 
 
-def test_a_body_of_just_the_limit_is_read(small: httpx.Client) -> None:
+def test_a_body_as_long_as_the_limit_is_read(small: httpx.Client) -> None:
     text = body().ljust(20000)
     assert send(small, "/predict", text).status_code == 200
     assert send(small, "/predict", text + " ").status_code == 413
 
 
-def test_a_body_that_is_not_sent_to_its_end_costs_no_more_than_its_request_in_the_log(
+def test_a_body_that_breaks_off_leaves_one_line_in_the_log(
     built: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with service(built / "models") as client:
@@ -277,11 +279,11 @@ def test_a_million_unknown_fields_cost_little_memory_and_are_one_problem(
     before = memory(client, "VmHWM")
     document = problem(send(client, "/predict", text), 422)
     assert document.detail == "0: allowed are inputs, model, version"
-    # The parsed body itself takes 60 MB; a description of each field took 500 MB.
+    # The parsed body itself takes 60 MB; describing each field took 500 MB.
     assert memory(client, "VmHWM") - before < 150e6
 
 
-def test_many_errors_are_cut_short(small: httpx.Client) -> None:
+def test_a_long_list_of_errors_is_cut_short(small: httpx.Client) -> None:
     text = body(inputs=3, model=4, version="x", passes=0, seed=-1, interval=7, masks="no")
     document = problem(send(small, "/uncertainty", text), 422)
     assert document.errors is not None
@@ -323,7 +325,7 @@ def test_a_requests_own_id_is_repeated_if_it_is_harmless(small: httpx.Client) ->
         assert re.fullmatch("[0-9a-f]{32}", problem(made, 404).request_id)
 
 
-def test_debug_is_off_unless_it_was_asked_for(built: Path) -> None:
+def test_debug_is_off_by_default(built: Path) -> None:
     with service(built / "models", DROPSERVE_DEBUG="0") as client:
         detail = problem(send(client, "/debug/mc", body()), 404).detail
         assert detail == "the debug endpoint is off; DROPSERVE_DEBUG=1 switches it on"
@@ -345,7 +347,7 @@ FIELDS = st.sampled_from(["inputs", "model", "version", "passes", "seed", "inter
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.sampled_from(ROUTES), st.dictionaries(FIELDS, ANY_JSON, max_size=4))
-def test_no_body_at_all_makes_the_service_fail(
+def test_whatever_the_body_the_service_does_not_fail(
     small: httpx.Client, route: str, document: dict[str, object]
 ) -> None:
     answer = send(small, route, json.dumps({"inputs": [ROW], "model": "digits"} | document))
@@ -378,7 +380,7 @@ def test_memory_is_bounded_for_a_network_whose_masks_are_small_and_activations_l
     images = np.random.default_rng(0).random((20, 64, 64), dtype=np.float32)
     dataset = Dataset("images", "classification", images, np.arange(20) % 2, (), ("a", "b"))
     network = toys.config(dataset, "convnet", p=0.5, hidden=(8,))
-    # The train command would judge it by passes of all kinds, which takes longer than all else.
+    # The train command would evaluate it by passes of all kinds, which takes longer than the rest.
     train_and_export(dataset, network, TrainingConfig(epochs=1), tmp_path, "images")
     with service(tmp_path / "models") as client:
         before = memory(client, "VmRSS")

@@ -1,4 +1,4 @@
-"""Split-conformal sets and intervals hold the truth of fresh rows as often as asked."""
+"""Split-conformal sets and intervals hold the truth of fresh rows as often as requested."""
 
 import json
 import re
@@ -68,11 +68,11 @@ def test_a_set_of_classes_holds_the_true_one_as_often_as_asked(
     truths = [fresh.outputs[label] for label in fresh.y]
     held = np.mean([truth in labels for truth, labels in zip(truths, sets, strict=True)])
     assert held > coverage - slack(noisy, "classes", coverage)
-    # The likeliest alone is right two times of three, and always in the set, so it may hold more.
+    # The likeliest class is right two times of three and always in the set, so more may be covered.
     alone = np.mean([truth == label for truth, label in zip(truths, answer["labels"], strict=True)])
     assert held < max(coverage, alone) + slack(noisy, "classes", coverage)
     for labels, likeliest, mean in zip(sets, answer["labels"], answer["mean"], strict=True):
-        # In the model's order, and no class left out that is likelier than one that is in.
+        # In the model's order; no class that is left out is likelier than one in the set.
         assert likeliest in labels
         places = [fresh.outputs.index(label) for label in labels]
         assert places == sorted(places)
@@ -94,7 +94,7 @@ def test_an_interval_holds_the_true_value_of_each_target_as_often_as_asked(
         assert abs(share - coverage) < slack(noisy, "values", coverage)
 
 
-def test_what_is_not_asked_for_is_not_there(noisy: httpx.Client) -> None:
+def test_without_coverage_there_is_no_set_or_interval(noisy: httpx.Client) -> None:
     x = toys.noisy_classes(3).x
     assert "prediction_set" not in ask(noisy, "classes", x)
     assert "prediction_interval" not in ask(noisy, "values", x[:, :1])
@@ -122,7 +122,7 @@ def test_a_set_grows_with_the_coverage(noisy: httpx.Client) -> None:
         ("older", 0.9, "coverage: this version's bundle holds no scores; export it anew"),
     ],
 )
-def test_a_coverage_that_cannot_be_promised_is_refused(
+def test_a_coverage_beyond_what_the_scores_can_promise_is_refused(
     noisy: httpx.Client, name: str, coverage: float, said: str
 ) -> None:
     body = {"inputs": [[0.5, 0.5]], "model": name, "coverage": coverage}
@@ -130,7 +130,7 @@ def test_a_coverage_that_cannot_be_promised_is_refused(
     assert (answer.status_code, answer.json()["detail"]) == (422, said)
 
 
-def test_the_most_that_is_named_is_allowed(noisy: httpx.Client) -> None:
+def test_the_greatest_coverage_that_the_refusal_names_is_allowed(noisy: httpx.Client) -> None:
     body = {"inputs": [[0.5, 0.5]], "model": "classes", "coverage": 0.9999}
     said = noisy.post("/uncertainty", json=body).json()["detail"]
     found = re.search(r"at most (\S+) here", said)
@@ -138,7 +138,7 @@ def test_the_most_that_is_named_is_allowed(noisy: httpx.Client) -> None:
     ask(noisy, "classes", toys.noisy_classes(1).x, coverage=float(found[1]))
 
 
-def test_the_most_that_the_scores_can_promise_takes_the_greatest_of_them(
+def test_the_greatest_coverage_takes_the_greatest_of_the_scores(
     noisy: httpx.Client,
 ) -> None:
     place = Path(noisy.headers["x-test-models"]) / "values" / "1" / "manifest.json"

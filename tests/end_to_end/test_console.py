@@ -1,4 +1,4 @@
-"""What the service gives the console: its files, and what they ask beside the endpoints."""
+"""The service's side of the console: its files, and the routes that only they use."""
 
 import json
 import re
@@ -19,7 +19,7 @@ MASKS = {"model": "digits", "version": 1, "passes": 100, "seed": 7, "masks": "in
 
 
 class Page(HTMLParser):
-    """What a page loads, and what in it a content security policy would have to allow."""
+    """The files that a page loads, and the inline code that a policy would have to allow."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 
 def loaded(client: httpx.Client) -> dict[str, httpx.Response]:
-    """Everything that the page loads before it asks anything, by path."""
+    """Return every file that the page loads before its first request, by path."""
     found = {"": client.get("/")}
     waiting = Page(found[""].text).loads
     while waiting:
@@ -55,7 +55,7 @@ def test_the_page_and_all_that_it_loads_come_from_the_service(client: httpx.Clie
     assert {path: answer.status_code for path, answer in found.items()} == dict.fromkeys(found, 200)
     kinds = {answer.headers["content-type"].partition(";")[0] for answer in found.values()}
     assert kinds == {"text/html", "text/javascript", "text/css", "image/svg+xml"}
-    # Relative, so that the page is found behind a prefix, too.
+    # Relative, so that the page works behind a prefix.
     assert not [path for path in found if path.startswith(("/", "http:", "https:"))]
     modules = {path for path in found if path.endswith(".js")}
     folder = Path(__file__).parents[2] / "app" / "console"
@@ -81,7 +81,7 @@ def test_the_policy_allows_nothing_but_the_services_own_files_and_the_page_needs
     assert Page(client.get("/").text).inline == []
 
 
-def test_a_file_is_asked_for_anew_but_not_sent_again(client: httpx.Client) -> None:
+def test_a_file_is_revalidated_but_not_sent_again(client: httpx.Client) -> None:
     first = client.get("/console/main.js")
     assert first.headers["cache-control"] == "no-cache"
     again = client.get("/console/main.js", headers={"if-none-match": first.headers["etag"]})
@@ -97,10 +97,20 @@ def test_nothing_but_the_pages_files_is_sent(client: httpx.Client, path: str) ->
     assert (answer.status_code, answer.json()["title"]) == (404, "Not Found")
 
 
-def test_it_is_told_what_is_served(client: httpx.Client) -> None:
+def test_the_page_learns_what_is_served(client: httpx.Client) -> None:
     told = client.get("/console/service").json()
     assert told["models"] == {"diabetes": [1], "digits": [1], "double": [1]}
     assert (told["device"], told["keys"]) == ("cpu", False)
+
+
+def test_the_page_learns_a_requests_defaults(
+    client: httpx.Client, examples: Callable[[str], list[object]]
+) -> None:
+    told = client.get("/console/service").json()["defaults"]
+    assert told.keys() == {"passes", "interval", "masks"}
+    body = {"model": "digits", "inputs": examples("digits")[:1], "seed": 3}
+    explicit = client.post("/uncertainty", json=body | told).json()
+    assert client.post("/uncertainty", json=body).json() == explicit
 
 
 @pytest.mark.parametrize("name", ["digits", "diabetes"])
@@ -121,7 +131,7 @@ def test_a_model_is_described_by_its_manifest_and_real_examples(
 
 
 @pytest.mark.parametrize(("side", "shown"), [(8, 10), (200, 2), (400, 1)])
-def test_of_large_examples_not_all_are_told(side: int, shown: int) -> None:
+def test_the_page_gets_fewer_examples_the_larger_they_are(side: int, shown: int) -> None:
     inputs = np.zeros((10, side, side), np.float32)
     assert len(console.shown(Examples(inputs, [None] * 10))) == shown
 
@@ -137,7 +147,7 @@ def test_a_model_that_is_not_served_is_a_404(client: httpx.Client, path: str) ->
 def test_masks_are_those_of_the_first_pass(
     client: httpx.Client, examples: Callable[[str], list[object]], kind: str
 ) -> None:
-    # Asked for no more passes, an answer's kept share is the first one's.
+    # In an answer of one pass, the share kept is that of the first mask.
     fields = {"model": "double", "version": 1, "passes": 1, "seed": 11, "masks": kind}
     answer = client.post("/debug/mc", json=fields | {"inputs": examples("double")[:1]}).json()
     shown = client.post("/console/masks", json=fields).json()["sites"]
@@ -159,7 +169,7 @@ def test_masks_do_not_depend_on_how_many_passes_follow(client: httpx.Client) -> 
     ("change", "status"),
     [({"passes": 10_001}, 422), ({"seed": -1}, 422), ({"model": "nothing"}, 404), ({"x": 1}, 422)],
 )
-def test_masks_of_what_could_not_be_asked_are_refused(
+def test_masks_of_an_invalid_request_are_refused(
     client: httpx.Client, change: dict[str, object], status: int
 ) -> None:
     assert client.post("/console/masks", json=MASKS | change).status_code == status
@@ -173,7 +183,7 @@ def test_without_debug_the_page_learns_so_and_no_mask_is_shown(built: Path) -> N
         assert "DROPSERVE_DEBUG=1" in refused.json()["detail"]
 
 
-def test_passes_are_shown_to_whose_key_is_for_them(built: Path, tmp_path: Path) -> None:
+def test_passes_are_shown_only_with_a_key_for_them(built: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     both, one = new_key(file, "predict", "debug"), new_key(file, "predict")
     with service(built / "models", DROPSERVE_API_KEYS_FILE=str(file)) as client:

@@ -1,4 +1,4 @@
-"""How the service ends: what it has taken is answered, and nobody is sent to it meanwhile."""
+"""Graceful shutdown: accepted requests are answered, and readiness keeps new ones away."""
 
 import os
 import signal
@@ -16,6 +16,9 @@ from tests.conftest import children, service, wait_for
 
 Examples = Callable[[str], list[Any]]
 WORKERS = ["1", "2"]
+# Beyond `PATIENCE`: a service whose end a test has seen did not wait for its limit.
+NO_LIMIT = {"DROPSERVE_DRAIN_SECONDS": "300"}
+DELAY_SECONDS = 3
 
 
 def tell_to_end(client: httpx.Client) -> None:
@@ -23,7 +26,7 @@ def tell_to_end(client: httpx.Client) -> None:
 
 
 def status(client: httpx.Client, path: str) -> int:
-    """Ask over a connection of its own, which any worker may take; 0: refused."""
+    """Return the status of a GET over a new connection, for any worker; 0 if refused."""
     try:
         return httpx.get(f"{client.base_url}{path}", timeout=10).status_code
     except httpx.ConnectError:
@@ -31,12 +34,12 @@ def status(client: httpx.Client, path: str) -> int:
 
 
 def ended(client: httpx.Client) -> Callable[[], bool]:
-    """Tell whether the service has ended, all its processes."""
+    """Return a condition: all processes of the service, as they are now, have ended."""
     pid = int(client.headers["x-test-pid"])
     those = {pid} | children(pid)
 
     def check() -> bool:
-        # The test has not waited for the first, so it stays as a zombie.
+        # Nobody has waited for the first process, so it stays as a zombie.
         return all(
             "Z" in Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0]
             for each in those
@@ -47,28 +50,31 @@ def ended(client: httpx.Client) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_while_it_drains_readiness_says_so_and_requests_are_still_taken(
+def test_while_draining_the_service_is_not_ready_but_accepts_requests(
     built: Path, examples: Examples, workers: str
 ) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:1]}
-    environment = {"DROPSERVE_WORKERS": workers, "DROPSERVE_DRAIN_DELAY_SECONDS": "2"}
+    environment = NO_LIMIT | {
+        "DROPSERVE_WORKERS": workers,
+        "DROPSERVE_DRAIN_DELAY_SECONDS": str(DELAY_SECONDS),
+    }
     with service(built / "models", **environment) as client:
         wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {200})
-        tell_to_end(client)
         told = time.monotonic()
+        tell_to_end(client)
         wait_for(lambda: {status(client, "/health/ready") for _ in range(6)} == {503})
-        assert time.monotonic() - told < 1.5
         assert status(client, "/v2/health/ready") == 503
         assert status(client, "/health/live") == status(client, "/v2/health/live") == 200
         answer = httpx.post(f"{client.base_url}/predict", json=body)
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         wait_for(ended(client))
-        assert 2 <= time.monotonic() - told < 6
+        assert time.monotonic() - told >= DELAY_SECONDS
         assert status(client, "/health/live") == 0
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_was_taken_is_answered_and_then_it_ends(
+def test_accepted_requests_are_answered_and_then_the_service_ends(
     built: Path, examples: Examples, workers: str
 ) -> None:
     inputs = (examples("digits") * 10)[:20]
@@ -90,7 +96,7 @@ def test_what_was_taken_is_answered_and_then_it_ends(
         assert time.monotonic() - answered < 3
 
 
-def test_what_takes_longer_than_it_may_is_cut_off(built: Path, examples: Examples) -> None:
+def test_a_request_that_exceeds_the_drain_limit_is_cut_off(built: Path, examples: Examples) -> None:
     inputs = (examples("digits") * 10)[:100]
     body = {"model": "digits", "inputs": inputs, "passes": 10_000}
     with service(built / "models", DROPSERVE_DRAIN_SECONDS="0.5") as client:
@@ -98,15 +104,14 @@ def test_what_takes_longer_than_it_may_is_cut_off(built: Path, examples: Example
             asked = pool.submit(httpx.post, f"{client.base_url}/uncertainty", json=body, timeout=60)
             wait_for(lambda: "dropserve_queue_rows 0.0" not in client.get("/metrics").text)
             tell_to_end(client)
-            told = time.monotonic()
             wait_for(ended(client))
-            assert time.monotonic() - told < 4
             answer = asked.result()
+        # It would have been 200 after some seconds more.
         assert answer.status_code == 503
         assert answer.json()["detail"] == "the service ended before the answer was ready"
 
 
-def test_a_service_that_is_told_to_end_while_it_starts_does_so(built: Path) -> None:
+def test_a_service_that_is_told_to_end_while_it_starts_ends(built: Path) -> None:
     with service(built / "models", DROPSERVE_WORKERS="2") as client:
         tell_to_end(client)
         wait_for(ended(client))

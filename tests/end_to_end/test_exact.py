@@ -1,7 +1,8 @@
-"""What the service says of networks of which every mask can be tried, beside what is exactly so.
+"""The service's statistics of networks so small that every mask can be tried, and the exact ones.
 
-Each statistic of T passes scatters about the exact one with a standard error that the masks, all
-2^12 or 2^14 of them, tell too. Some 300 numbers are held to 5 of these: a chance of 1 in 5,000.
+Each statistic of T passes scatters about the exact one with a standard error that follows from the
+masks, too, all 2^12 or 2^14 of them. Some 300 numbers are held to 5 standard errors: a chance of 1
+in 5,000 that any fails.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tests.enumerated import Exact
 Floats = NDArray[np.float64]
 
 PASSES = 8000
-# What a float32 answer, and a float32 network, may be off by.
+# Rounding errors of a float32 answer, and of a float32 network.
 ROUNDING = 1e-6
 CLASSES = [name for name in enumerated.NAMES if name.startswith("classes")]
 VALUES = [name for name in enumerated.NAMES if name.startswith("values")]
@@ -54,7 +55,7 @@ def exact(tiny: Path, name: str) -> tuple[Exact, bundle.Manifest]:
 
 
 def close(found: object, known: Floats, error: Floats, scale: float = 1.0) -> None:
-    """Hold a statistic to 5 standard errors of it."""
+    """Hold a statistic to 5 of its standard errors."""
     assert (np.abs(np.asarray(found) - known) <= 5 * error + ROUNDING * scale).all()
 
 
@@ -66,7 +67,7 @@ def test_mean_and_std_are_the_exact_ones_within_the_stated_standard_error(
     known, _ = exact(tiny, name)
     found = asked(name, known, passes=PASSES, masks=kind)
     scale = float(np.abs(known.outputs).max())
-    # The statement's own error, of T passes or R replicates, is far below a tenth of it.
+    # The stated standard error is itself off by far less than a tenth, of T passes or R replicates.
     close(found["mean"], known.mean, 1.1 * np.array(found["standard_error"]), scale)
     exact_error = np.sqrt(known.variance / PASSES)
     if kind == "independent":
@@ -115,8 +116,8 @@ def test_the_interval_holds_as_many_of_all_passes_as_it_says(
     share = (1 - level) / 2
     error = 5 * np.sqrt(share * (1 - share) / PASSES)
     lower, upper = (np.array(interval[end]) for end in ("lower", "upper"))
-    # Many masks give the same answer, which then lies on the end: with it there are more than the
-    # share on either side, without it fewer.
+    # Many masks give the same answer, on which an end of the interval then lies: with these masks
+    # the share beyond the end is larger than stated, without them smaller.
     for inside in (known.outputs - lower, upper - known.outputs):
         outside = known.average(np.where(inside < -ROUNDING, 1.0, 0.0))
         with_end = known.average(np.where(inside <= ROUNDING, 1.0, 0.0))
@@ -127,7 +128,7 @@ def test_the_interval_holds_as_many_of_all_passes_as_it_says(
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.98])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VALUES)
-def test_the_interval_of_values_holds_as_much_of_what_is_predicted_as_it_says(
+def test_the_interval_of_values_holds_as_much_of_the_predictive_distribution_as_it_says(
     asked: Callable[..., Any], tiny: Path, name: str, kind: Kind, level: float
 ) -> None:
     known, manifest = exact(tiny, name)
@@ -160,10 +161,10 @@ def test_a_tolerance_is_met_with_as_few_passes_as_it_takes(
         assert found["converged"] is True
         assert np.max(found["standard_error"]) <= tolerance
         passes[title] = found["passes"]
-        # The same as if so many passes had been asked for, and nothing else.
+        # The same as a request for as many passes without a tolerance.
         same = asked("classes-two-classic", known, masks=kind, passes=passes[title])
         assert same == found | {"converged": None}
-        # At half of them it had not been so.
+        # Half as many did not meet it.
         fewer = asked("classes-two-classic", known, masks=kind, passes=passes[title] // 2)
         assert np.max(fewer["standard_error"]) > tolerance
     assert 50 < passes["loose"] < passes["tight"] < 10_000

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, spoken by Triton's own client, which nobody here wrote."""
+"""The Open Inference Protocol, spoken by Triton's own client."""
 
 import json
 import re
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 Json = dict[str, Any]
 
 LENGTH = "inference-header-content-length"
-# Of the service's limits, by default.
+# The service's default limits.
 MAX_ROWS, MAX_PASSES, MAX_BODY = 4096, 10_000, 4 * 2**20
 
 
@@ -57,7 +57,7 @@ def ask(client: httpx.Client, route: str, **body: object) -> Json:
 
 
 def equal(result: InferResult, name: str, expected: object) -> None:
-    """An output is what another route has answered, to the last bit."""
+    """Check that an output equals another route's answer to the last bit."""
     found = result.as_numpy(name)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, np.asarray(expected, np.float32))
@@ -67,7 +67,7 @@ def labels(result: InferResult) -> list[str]:
     return [label.decode() for label in result.as_numpy("labels").tolist()]
 
 
-# What is there.
+# Metadata
 
 
 def test_the_server_is_live_and_ready_and_says_who_it_is(triton: InferenceServerClient) -> None:
@@ -122,7 +122,7 @@ def test_a_model_is_ready_and_says_what_it_takes_and_answers(
 
 
 @pytest.mark.parametrize("name", ["digits", "digits.mc", "diabetes", "diabetes.mc"])
-def test_what_is_answered_is_what_the_metadata_say(
+def test_outputs_are_as_the_metadata_describe_them(
     triton: InferenceServerClient, examples: Examples, name: str
 ) -> None:
     rows = np.array(examples(name.removesuffix(".mc"))[:3], np.float32)
@@ -148,7 +148,7 @@ def test_what_is_answered_is_what_the_metadata_say(
         ("digits", "latest", "no version 'latest': versions are whole numbers"),
     ],
 )
-def test_what_is_not_served_is_not_ready_and_a_404(
+def test_a_model_that_is_not_served_is_not_ready_and_a_404(
     triton: InferenceServerClient, digits: Array, name: str, version: str, says: str
 ) -> None:
     assert not triton.is_model_ready(name, version)
@@ -156,7 +156,7 @@ def test_what_is_not_served_is_not_ready_and_a_404(
     refused(lambda: triton.infer(name, [tensor(digits)], version), 404, says)
 
 
-# Answers.
+# Inference
 
 
 @pytest.mark.parametrize("binary_output", [True, False, None])
@@ -220,7 +220,7 @@ def test_values_are_those_of_predict(
     equal(result, "values", expected["values"])
 
 
-def test_outputs_are_those_asked_for_in_that_order_each_as_it_is_asked_for(
+def test_requested_outputs_come_in_the_order_and_form_of_the_request(
     triton: InferenceServerClient, client: httpx.Client, digits: Array
 ) -> None:
     body = {"inputs": digits.tolist(), "model": "digits", "seed": 3}
@@ -237,7 +237,7 @@ def test_outputs_are_those_asked_for_in_that_order_each_as_it_is_asked_for(
             equal(result, name, expected[name])
 
 
-def test_all_outputs_come_as_json_where_nothing_is_asked_for(
+def test_all_outputs_come_as_json_if_the_request_names_none(
     client: httpx.Client, digits: Array
 ) -> None:
     inputs = [{"name": "x", "datatype": "FP32", "shape": [10, 8, 8], "data": digits.tolist()}]
@@ -306,7 +306,7 @@ def test_a_seed_is_drawn_and_returned_and_gives_the_same_answer_again(
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("dtype", ["f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
-def test_other_numbers_are_converted(
+def test_other_types_of_numbers_are_converted(
     triton: InferenceServerClient, client: httpx.Client, digits: Array, dtype: str, binary: bool
 ) -> None:
     expected = ask(client, "/predict", inputs=digits.tolist(), model="digits")
@@ -343,11 +343,11 @@ def test_many_requests_of_one_client_at_once_get_the_answers_they_get_alone(
             np.testing.assert_allclose(found, alone[number], atol=1e-5)
 
 
-# Errors.
+# Errors
 
 
 def refused(call: Callable[[], object], status: int, says: str) -> None:
-    """Triton's client raises, with the status and the message that the service gave."""
+    """Check that Triton's client raises the service's status and message."""
     with pytest.raises(InferenceServerException) as caught:
         call()
     assert caught.value.status() == str(status)
@@ -355,7 +355,7 @@ def refused(call: Callable[[], object], status: int, says: str) -> None:
 
 
 class Wrong(NamedTuple):
-    """A call that is refused."""
+    """A call that the service refuses."""
 
     says: str
     rows: Array
@@ -475,7 +475,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_said_to_tritons_client(
+def test_tritons_client_raises_what_the_service_says_is_wrong(
     triton: InferenceServerClient, wrong: Wrong
 ) -> None:
     asked = [wanted(name) for name in wrong.outputs]
@@ -500,7 +500,7 @@ def test_two_inputs_are_one_too_many(triton: InferenceServerClient) -> None:
     )
 
 
-def test_shared_memory_and_classifications_are_not_pretended(triton: InferenceServerClient) -> None:
+def test_shared_memory_and_classifications_are_refused(triton: InferenceServerClient) -> None:
     x = InferInput("x", [2, 8, 8], "FP32")
     x.set_shared_memory("region", 512)
     unsupported = "is not supported, leave it out"
@@ -526,7 +526,7 @@ def test_a_compressed_body_is_a_415(triton: InferenceServerClient, algorithm: st
     )
 
 
-def test_an_answer_is_not_compressed_where_that_is_asked_for(
+def test_a_response_is_not_compressed_even_if_the_client_accepts_that(
     triton: InferenceServerClient,
 ) -> None:
     result = triton.infer("digits", [tensor(ROWS)], response_compression_algorithm="gzip")
@@ -539,7 +539,7 @@ def test_a_body_that_is_too_large_is_a_413(triton: InferenceServerClient) -> Non
     refused(lambda: triton.infer("digits", [tensor(rows)]), 413, says)
 
 
-# What Triton's client cannot send.
+# Requests that Triton's client cannot send
 
 X = {"name": "x", "shape": [1, 64], "datatype": "FP32"}
 JSON_X = X | {"data": [0] * 64}
@@ -557,7 +557,7 @@ def send(
     length: int | str | None = None,
     model: str = "digits",
 ) -> httpx.Response:
-    """Send JSON with bytes behind it, and its length or what is said to be it."""
+    """Send JSON with bytes behind it, and the JSON's length or another in its place."""
     head = document if isinstance(document, bytes) else json.dumps(document).encode()
     headers = {}
     if tail or length is not None:
@@ -566,7 +566,7 @@ def send(
 
 
 def error(answer: httpx.Response, status: int = 400) -> str:
-    """Check that an answer is an error as the protocol has it; return what it says."""
+    """Check that a response is an error of the protocol; return its message."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     document = answer.json()
@@ -613,7 +613,7 @@ def test_a_binary_request_by_hand_is_answered_in_binary(
         (256, RAW + b"\0", "inputs: expecting 256 bytes after the JSON, got 257"),
     ],
 )
-def test_binary_data_of_another_size_are_refused(
+def test_binary_data_of_the_wrong_size_are_refused(
     client: httpx.Client, size: object, tail: bytes, says: str
 ) -> None:
     assert error(send(client, {"inputs": [binary(size)]}, tail)) == says
@@ -630,7 +630,7 @@ def test_binary_data_of_another_size_are_refused(
         ("999", r"must be from 0 to \d+, the length of the body, not 999"),
     ],
 )
-def test_a_length_of_the_json_that_cannot_be_is_refused(
+def test_an_impossible_length_of_the_json_is_refused(
     client: httpx.Client, length: str, says: str
 ) -> None:
     found = error(send(client, {"inputs": [binary()]}, RAW, length))
@@ -638,7 +638,7 @@ def test_a_length_of_the_json_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("length", [0, 1, 50, 300])
-def test_a_length_of_the_json_that_is_wrong_is_refused(client: httpx.Client, length: int) -> None:
+def test_a_wrong_length_of_the_json_is_refused(client: httpx.Client, length: int) -> None:
     says = error(send(client, {"inputs": [binary()]}, RAW, length))
     assert says.startswith(f"the body, in its first {length} bytes, is not JSON: ")
 
@@ -699,16 +699,16 @@ BY_HAND: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("document", "says"), BY_HAND.values(), ids=BY_HAND.keys())
-def test_what_is_wrong_is_said(client: httpx.Client, document: object, says: str) -> None:
+def test_a_refusal_says_what_is_wrong(client: httpx.Client, document: object, says: str) -> None:
     assert error(send(client, document)) == says
 
 
 @pytest.mark.parametrize("text", [b"", b"hello", b'{"inputs": [NaN]}', b"[" * 9000, b"\xff"])
-def test_what_is_no_json_is_said(client: httpx.Client, text: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(client: httpx.Client, text: bytes) -> None:
     assert error(send(client, text)).startswith("the body is not JSON: ")
 
 
-def test_another_method_and_another_path_are_errors_of_the_protocol(client: httpx.Client) -> None:
+def test_unknown_methods_and_paths_are_errors_of_the_protocol(client: httpx.Client) -> None:
     error(client.get("/v2/models/digits/infer"), 405)
     error(client.post("/v2/models/digits"), 405)
     error(client.get("/v2/models/digits/config"), 404)

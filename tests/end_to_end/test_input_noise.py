@@ -1,4 +1,4 @@
-"""A network that answers its noise, from training to the service."""
+"""A network that predicts its noise, from training to the service."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_prediction_is_the_values_alone(noisy: httpx.Client, folder: Path) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_answered_is_what_the_passes_and_their_noise_say(
+def test_statistics_are_those_of_the_passes_and_their_noise(
     noisy: httpx.Client, folder: Path, kind: Kind
 ) -> None:
     x = np.array([[-1.8], [-0.6], [0.6], [1.8]], np.float32)
@@ -75,10 +75,10 @@ def test_what_is_answered_is_what_the_passes_and_their_noise_say(
     np.testing.assert_allclose(answer["epistemic_std"], std, rtol=1e-4)
     total = np.hypot(std, answer["aleatoric_std"])
     np.testing.assert_allclose(answer["total_std"], total, rtol=1e-4)
-    # It grows sixfold from one of these rows to the last.
+    # The true noise grows sixfold from the first of these rows to the last.
     first, *_, last = np.array(answer["aleatoric_std"])[:, 0]
     assert last > 2 * first
-    # The interval is that of a mixture whose parts differ in their noise; with its mean one comes
+    # The interval is that of a mixture whose parts differ in their noise; the mean noise comes
     # near.
     for end, share in (("lower", 0.1), ("upper", 0.9)):
         z = (np.array(answer["interval"][end]) - samples) / np.array(answer["aleatoric_std"])
@@ -92,5 +92,5 @@ def test_intervals_of_fresh_rows_are_wide_where_the_noise_is(noisy: httpx.Client
     left, right = fresh.x[:, 0] < -1, fresh.x[:, 0] > 1
     assert (upper - lower)[right].mean() > 1.5 * (upper - lower)[left].mean()
     inside = (lower <= fresh.y[:, 0]) & (fresh.y[:, 0] <= upper)
-    # Fitted, not promised: what is promised is the conformal interval.
+    # A fit, without the guarantee of the conformal interval.
     assert 0.8 < inside.mean() < 0.98

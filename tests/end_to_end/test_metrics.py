@@ -1,4 +1,4 @@
-"""What can be seen of the service: metrics, its log, traces."""
+"""Observability: metrics, the log, traces."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def scrape(client: httpx.Client) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """Add up the samples of a name that have some labels."""
+    """Add up the samples of a metric that have these labels."""
     return sum(
         number
         for (of, having), number in samples.items()
@@ -48,7 +48,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def traffic(client: httpx.Client, rows: list[Any]) -> None:
-    """Ask for what the tests count."""
+    """Send the requests whose counts are known."""
     for number in range(1, 4):
         body = {"model": "digits", "inputs": rows[:number]}
         assert client.post("/predict", json=body).status_code == 200
@@ -60,7 +60,7 @@ def traffic(client: httpx.Client, rows: list[Any]) -> None:
 
 
 def check(samples: Samples) -> None:
-    """Check what was counted of that traffic."""
+    """Check the counts of that traffic."""
     requests = "dropserve_requests_total"
     digits = {"model": "digits", "version": "1"}
     assert value(samples, requests, route="/predict", status="200", **digits) == 3
@@ -103,7 +103,9 @@ def test_metrics_count_requests_rows_passes_runs_and_refusals(
         assert value(samples, "process_cpu_seconds_total", pid=pid) > 0
 
 
-def test_passes_are_counted_as_many_as_a_tolerance_took(built: Path, examples: Examples) -> None:
+def test_with_a_tolerance_the_passes_that_were_run_are_counted(
+    built: Path, examples: Examples
+) -> None:
     with service(built / "models") as client:
         body = {"model": "digits", "inputs": examples("digits")[:2], "tolerance": 0.02}
         answer = client.post("/uncertainty", json=body | {"passes": 5000}).json()
@@ -118,12 +120,12 @@ def test_metrics_of_several_workers_are_added_up_also_when_one_has_died(
 ) -> None:
     with service(built / "models", DROPSERVE_WORKERS="2") as client:
         wait_for(lambda: value(scrape(client), "dropserve_workers") == 2)
-        # A connection each, which any worker may take.
+        # New connections, which any worker may accept.
         for number in range(20):
             body = {"model": "digits", "inputs": examples("digits")[:1]}
             answer = httpx.post(f"{client.base_url}/predict", json=body)
             assert answer.status_code == 200, number
-        # So is this one; whoever answers has asked the other.
+        # These, too: the worker that answers has asked the other for its counts.
         for _ in range(4):
             with httpx.Client(base_url=client.base_url, timeout=30) as another:
                 assert value(scrape(another), "dropserve_requests_total", route="/predict") == 20
@@ -148,7 +150,7 @@ def test_metrics_of_several_workers_are_added_up_also_when_one_has_died(
             assert value(scrape(another), "dropserve_requests_total", route="/predict") == 20
 
 
-def test_each_request_is_a_line_in_the_log_that_says_what_it_took(
+def test_each_request_is_a_line_in_the_log_with_its_times(
     built: Path, examples: Examples, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with service(built / "models") as client:
@@ -188,7 +190,7 @@ NO_TRACES = [
 ]
 
 
-def test_a_traceparent_that_is_none_is_not_carried_on(
+def test_an_invalid_traceparent_is_not_propagated(
     built: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     good = [f"00-{TRACE}-{PARENT}-01", f"01-{TRACE}-{PARENT}-00-of a later version"]
@@ -200,7 +202,7 @@ def test_a_traceparent_that_is_none_is_not_carried_on(
     assert ["trace_id" in line for line in lines] == [False] * len(NO_TRACES) + [True] * 2
 
 
-def test_a_request_that_is_refused_for_its_form_is_counted_and_logged_under_its_id(
+def test_a_malformed_request_is_counted_and_logged_under_its_id(
     built: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with service(built / "models", DROPSERVE_MAX_HEAD_BYTES="1024") as client:
@@ -270,7 +272,7 @@ def test_spans_of_requests_reach_a_collector_in_the_clients_trace(
     assert by_name["GET /health/live"].trace_id != request.trace_id
 
 
-def test_a_collector_that_is_not_there_costs_no_request(built: Path, examples: Examples) -> None:
+def test_a_missing_collector_costs_no_request(built: Path, examples: Examples) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:1]}
     with service(
         built / "models",
@@ -280,7 +282,7 @@ def test_a_collector_that_is_not_there_costs_no_request(built: Path, examples: E
         assert client.post("/predict", json=body).status_code == 200
 
 
-def test_many_requests_at_once_are_counted_each(built: Path, examples: Examples) -> None:
+def test_each_of_many_simultaneous_requests_is_counted(built: Path, examples: Examples) -> None:
     body = {"model": "digits", "inputs": examples("digits")[:1]}
     with service(built / "models") as client:
         with ThreadPoolExecutor(16) as pool:
@@ -292,7 +294,7 @@ def test_many_requests_at_once_are_counted_each(built: Path, examples: Examples)
         assert not any(map(math.isnan, scrape(client).values()))
 
 
-def test_a_full_disk_for_the_log_costs_no_answer(built: Path, examples: Examples) -> None:
+def test_a_full_disk_for_the_log_costs_no_response(built: Path, examples: Examples) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with open("/dev/full", "w") as full:

@@ -1,4 +1,4 @@
-"""The service keeps to its own OpenAPI document, whatever is sent, by schemathesis' checks."""
+"""The service keeps to its own OpenAPI document, as schemathesis checks it."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import events, service
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
-# Whatever is asked of it goes with the last model.
+# Tested by itself: it takes the models away from the other routes.
 UNLOAD = "/v2/repository/models/{name}/unload"
 
 

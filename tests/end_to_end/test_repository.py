@@ -1,4 +1,4 @@
-"""Models come and go while the service runs: by HTTP, as Triton's client asks, and by SIGHUP."""
+"""Models come and go while the service runs: by requests of Triton's client, and by SIGHUP."""
 
 import json
 import os
@@ -45,9 +45,9 @@ Break = Callable[[Path], None]
 
 
 class Repository:
-    """A models folder, a service of it, and what its models answer.
+    """A models folder, a service of it, and the answers of its models.
 
-    Of bundles there are two, which answer the same ten digits visibly differently.
+    There are two kinds of bundle, which answer the same ten digits clearly differently.
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Repository:
         return self.client.post("/predict", json=body)
 
     def answered_by(self, answer: httpx.Response) -> tuple[str, int]:
-        """Return which bundle has answered, and the version that it says it is."""
+        """Return which bundle has answered, and the version that the answer names."""
         assert answer.status_code == 200, answer.text
         document = answer.json()
         return self.bundle_of(document["probabilities"]), document["version"]
 
     def bundle_of(self, probabilities: object) -> str:
-        """Return which bundle's answer this is."""
+        """Return the bundle that gives these probabilities."""
         found = np.asarray(probabilities)
         distance = {source: np.abs(found - answer).max() for source, answer in self.answers.items()}
         nearest = min(distance, key=lambda source: distance[source])
-        # What another batch size may change by rounding.
+        # Another batch size rounds differently.
         assert distance[nearest] < 1e-5
         return nearest
 
     def index(self) -> dict[tuple[str, int], tuple[str, str]]:
-        """Return state and reason of each version."""
+        """Return the state of each version and its reason."""
         return {
             (entry["name"], int(entry["version"])): (entry["state"], entry["reason"])
             for entry in self.triton.get_model_repository_index()
@@ -101,7 +101,7 @@ class Repository:
         }
 
     def ready(self) -> dict[str, list[int]]:
-        """Return what is said to be served."""
+        """Return the served versions of each model, as the service lists them."""
         answer = self.client.get("/health/ready")
         assert self.triton.is_server_ready() == (answer.status_code == 200)
         if answer.status_code == 503:
@@ -111,7 +111,7 @@ class Repository:
         return models
 
     def refused(self, name: str) -> str:
-        """Load a model, which must be refused; return why."""
+        """Load a model, which must be refused; return the reason."""
         with pytest.raises(InferenceServerException) as caught:
             self.triton.load_model(name)
         assert caught.value.status() == "400"
@@ -119,7 +119,7 @@ class Repository:
         return says
 
     def clear(self) -> None:
-        """Leave nothing in the folder but digits, version 1, and what is always refused."""
+        """Leave only digits, version 1, and the bundle that is always refused in the folder."""
         for entry in self.models.iterdir():
             shutil.rmtree(entry)
         self.publish("digits", "digits", 1)
@@ -127,18 +127,18 @@ class Repository:
         self.triton.load_model("digits")
 
     def hang_up(self) -> None:
-        """Send SIGHUP, and wait until it has been seen to."""
+        """Send SIGHUP, and wait until the reload is over."""
         before = self.refusals()
         os.kill(self.pid, signal.SIGHUP)
         deadline = time.monotonic() + PATIENCE
         while self.refusals() == before:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        # What changes models waits for what is changing them.
+        # A request that changes models waits for the change under way.
         assert self.client.post("/v2/repository/models/none/load").status_code == 404
 
     def refusals(self) -> float:
-        """Return how often the bundle was refused that always is."""
+        """Return how often the bundle that is always refused was."""
         return self.loads().get((ALWAYS_REFUSED, "refused"), 0)
 
     def loads(self) -> dict[tuple[str, str], float]:
@@ -152,7 +152,7 @@ def broken(place: Path) -> None:
     (place / "manifest.json").write_text("{}")
 
 
-# Each reload refuses it and counts that, which tells that there was one.
+# Each reload refuses it, which the metrics count: so a test learns of the reload.
 ALWAYS_REFUSED = "always-refused"
 READY, NOT_LOADED = ("READY", ""), ("UNAVAILABLE", "not loaded")
 Serve = Callable[..., AbstractContextManager[Repository]]
@@ -165,7 +165,7 @@ def serve(
     client: httpx.Client,
     examples: Callable[[str], list[Any]],
 ) -> Serve:
-    """Starts a service of a folder in which digits is."""
+    """Start a service of a folder that holds digits."""
     rows = examples("digits")
     sources = {name: built / "models" / name / "1" for name in ("digits", "double")}
     answers = {}
@@ -205,7 +205,7 @@ def served(single: Repository) -> Repository:
 
 @pytest.fixture(scope="module")
 def double(serve: Serve) -> Iterator[Repository]:
-    """A service of two workers, both of which answer."""
+    """A service of two workers, both ready."""
     with serve(DROPSERVE_WORKERS="2") as served:
         wait_for(lambda: len(children(served.pid)) == 2)
         of_each_worker(served, 2)
@@ -271,7 +271,7 @@ def test_the_protocol_follows_what_is_loaded(served: Repository) -> None:
         served.triton.load_model("digits")
 
 
-def test_only_what_is_served_is_listed_where_that_is_asked_for(served: Repository) -> None:
+def test_the_index_lists_only_served_versions_on_request(served: Repository) -> None:
     served.publish("double", "digits", 2)
     answer = served.client.post("/v2/repository/index", json={"ready": True})
     assert answer.json() == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
@@ -291,7 +291,7 @@ def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_serves_on(
     }
     assert served.answered_by(served.ask()) == ("digits", 1)
     assert served.ask("digits", 2).status_code == 404
-    # The same again.
+    # A second time.
     assert served.refused("digits") == says
 
     served.publish("double", "digits", 2)
@@ -335,7 +335,7 @@ def test_a_broken_bundle_does_not_replace_the_one_that_is_served_under_its_numbe
     assert served.answered_by(served.ask("digits", 1)) == ("digits", 1)
 
 
-def test_what_is_unloaded_is_gone_until_it_is_loaded_again(served: Repository) -> None:
+def test_an_unloaded_model_is_gone_until_it_is_loaded_again(served: Repository) -> None:
     served.publish("double", "more", 1)
     served.triton.load_model("more")
     served.triton.unload_model("digits")
@@ -401,16 +401,16 @@ PATHS = [
 
 
 @pytest.mark.parametrize("call", ["load", "unload"])
-def test_a_name_that_is_not_one_in_the_folder_is_a_404_and_read_as_no_path(
+def test_a_name_that_is_not_in_the_folder_is_a_404_and_never_a_path(
     served: Repository, call: str
 ) -> None:
     publish(served.sources["double"], served.models / "digits" / "2")
-    # Bundles like others, but for where they are.
+    # Good bundles, but in places that no name may lead to.
     for place in (served.models.parent / "outside", served.models / ".staging-x"):
         shutil.copytree(served.models / "digits" / "2", place / "2", dirs_exist_ok=True)
     before, loads = served.index(), served.loads()
     url = served.client.base_url
-    # httpx would take dots out of a path.
+    # httpx would resolve dots in a path.
     with closing(HTTPConnection(url.host, url.port, timeout=30)) as connection:
         for name in PATHS:
             connection.request("POST", f"/v2/repository/models/{name}/{call}")
@@ -433,14 +433,14 @@ def test_a_load_that_brings_files_or_a_configuration_is_refused(served: Reposito
         "parameters: none are allowed: models come from the models folder"
     )
     assert served.ready() == {"digits": [1]}
-    # Triton's client says this with every unload.
+    # Triton's client sends this with every unload.
     body = {"parameters": {"unload_dependents": True}}
     answer = served.client.post("/v2/repository/models/digits/unload", json=body)
     assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("path", ["index", "models/digits/load", "models/digits/unload"])
-def test_a_bad_body_of_the_repository_calls_is_a_400(served: Repository, path: str) -> None:
+def test_a_bad_body_of_a_repository_request_is_a_400(served: Repository, path: str) -> None:
     for text in ("[", "[]", '{"colour": 1}', '{"parameters": 1, "ready": 1}', '"x"'):
         answer = served.client.post(f"/v2/repository/{path}", content=text)
         assert answer.status_code == 400, text
@@ -474,7 +474,7 @@ def test_a_model_that_is_gone_from_the_folder_serves_on_until_sighup(served: Rep
 
 def test_an_empty_folder_changes_nothing(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     with serve() as served:
-        # Its event loop runs, so it has begun to listen to signals.
+        # Its event loop runs, so it handles signals.
         assert served.ready() == {"digits": [1]}
         shutil.rmtree(served.models / "digits")
         os.kill(served.pid, signal.SIGHUP)
@@ -486,7 +486,7 @@ def test_an_empty_folder_changes_nothing(serve: Serve, capfd: pytest.CaptureFixt
     assert f"not all was loaded: the models folder '{served.models}' holds no bundle" in said
 
 
-def test_sighup_loads_what_is_new_and_leaves_unloaded_what_was_unloaded(served: Repository) -> None:
+def test_sighup_loads_new_versions_but_no_unloaded_model(served: Repository) -> None:
     served.publish("double", "more", 1)
     served.hang_up()
     assert served.ready() == {"digits": [1], "more": [1]}
@@ -499,14 +499,14 @@ def test_sighup_loads_what_is_new_and_leaves_unloaded_what_was_unloaded(served: 
     assert served.index()["more", 2] == NOT_LOADED
     served.triton.load_model("more")
     assert served.answered_by(served.ask("more")) == ("digits", 2)
-    # From now on it is like the others again.
+    # From now on reloads include it again.
     served.publish("double", "more", 3)
     served.hang_up()
     assert served.answered_by(served.ask("more")) == ("double", 3)
 
 
 def new_key(file: Path, scope: str) -> dict[str, str]:
-    """Make a key and return the header that it is sent in."""
+    """Make a key and return it as a request header."""
     done = run("app", "key", "new", "--scope", scope, "--file", str(file))
     assert done.returncode == 0, done.stderr
     return {"authorization": f"Bearer {done.stdout.strip()}"}
@@ -540,7 +540,7 @@ def test_sighup_reads_the_keys_again(serve: Serve, tmp_path: Path) -> None:
         wait_for(lambda: status(old) == 401)
         assert status(new) == 200
 
-        # A file that is no good: the keys stay as they were, and nobody else gets in.
+        # A bad file: the keys stay as they were, and no other is accepted.
         file.write_text("{")
         served.publish("double", "digits", 2)
         os.kill(served.pid, signal.SIGHUP)
@@ -549,16 +549,17 @@ def test_sighup_reads_the_keys_again(serve: Serve, tmp_path: Path) -> None:
 
 
 def worker_of(answer: httpx.Response) -> str:
-    """Return what tells the worker that has answered from others: how its requests' ids begin."""
+    """Return the beginning of the request's id, which identifies the worker that has answered."""
     return answer.headers["x-request-id"][:16]
 
 
 def of_each_worker(
     served: Repository, workers: int, name: str = "digits", known: frozenset[str] = frozenset()
 ) -> dict[str, set[tuple[int, object]]]:
-    """Ask over connections of their own until enough workers have answered, and then some.
+    """Send requests over new connections until enough workers have answered, and then 20 more.
 
-    Returns the status and version of what each has answered; those that are known do not count.
+    Returns the statuses and versions that each worker has answered; ``known`` workers do not count
+    towards enough.
     """
     found: dict[str, set[tuple[int, object]]] = {}
     deadline = time.monotonic() + 30
@@ -576,7 +577,7 @@ def of_each_worker(
     return found
 
 
-def test_every_worker_serves_what_one_has_loaded_and_none_what_one_has_unloaded(
+def test_what_one_worker_loads_or_unloads_every_worker_does(
     pair: Repository,
 ) -> None:
     pair.publish("double", "digits", 2)
@@ -626,7 +627,7 @@ def test_no_request_is_lost_or_mixed_while_versions_come_and_go(
     over = threading.Event()
 
     def keep_asking() -> Counter[tuple[str, int]]:
-        """Return how often which bundle has answered as which version."""
+        """Count the answers by bundle and version."""
         seen: Counter[tuple[str, int]] = Counter()
         with httpx.Client(base_url=served.client.base_url, timeout=30) as client:
             while not over.is_set():
@@ -648,16 +649,16 @@ def test_no_request_is_lost_or_mixed_while_versions_come_and_go(
         finally:
             over.set()
         seen = [each.result() for each in asking]
-    # Under each number its own bundle, and both of them many times.
+    # Each version number had its own bundle, and both answered many times.
     assert sum(seen, Counter()).keys() == {("digits", 1), ("double", 2)}
     assert min(sum(seen, Counter()).values()) > 20
 
 
 class Bundle(NamedTuple):
-    """A bundle in the folder, or served: which it is a copy of, and what else it is."""
+    """A bundle in the folder, or served."""
 
-    source: str
-    mark: int  # no other has it in its manifest
+    source: str  # the bundle that it is a copy of
+    mark: int  # unique, in its manifest
     fault: Break | None = None
 
 
@@ -670,7 +671,7 @@ marks = count()
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """What is done to a models folder and its service, and what must be served then."""
+    """Changes to a models folder and its service, and the versions that must be served then."""
 
     repository: Repository
 
@@ -683,7 +684,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.repository.clear()
         self.repository.triton.unload_model("digits")
         shutil.rmtree(self.repository.models / "digits")
-        # However the last run has left them.
+        # Whatever the last run has left.
         for name in MODELS:
             self.publish(name, 1, "digits")
             self.load(name)
@@ -692,11 +693,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.it_is_as_it_must_be()
 
     def there(self) -> list[tuple[str, int]]:
-        """List what is in the folder."""
+        """List the versions in the folder."""
         return [(name, v) for name, versions in sorted(self.disk.items()) for v in sorted(versions)]
 
     def good(self) -> list[tuple[str, int]]:
-        """List what is in the folder and not broken."""
+        """List the versions in the folder that are not broken."""
         return [(name, v) for name, v in self.there() if not self.disk[name][v].fault]
 
     @rule(name=NAMES, version=VERSIONS, source=SOURCES)
@@ -765,7 +766,7 @@ class AnyOrder(RuleBasedStateMachine):
         found = {}
         for version, bundle in sorted(there.items()):
             old = before.get(version)
-            # One that is served is known by its manifest, and not read again.
+            # A served bundle is recognised by its manifest, and not read again.
             if old and old.mark == bundle.mark and bundle.fault in (None, change_a_file):
                 found[version] = old
             elif not bundle.fault:
@@ -816,7 +817,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert bool(reason) == bool(start)
 
 
-def test_in_any_order_what_is_served_is_what_must_be(served: Repository) -> None:
+def test_after_any_sequence_of_changes_the_right_versions_are_served(served: Repository) -> None:
     class Machine(AnyOrder):
         repository = served
 
@@ -827,7 +828,7 @@ def test_in_any_order_what_is_served_is_what_must_be(served: Repository) -> None
             deadline=None,
             max_examples=20,
             stateful_step_count=20,
-            # To shrink what is found would take minutes.
+            # Shrinking a failure would take minutes.
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),

@@ -1,4 +1,4 @@
-"""How the service starts, and how it refuses to."""
+"""How the service starts, or refuses to."""
 
 import os
 import shutil
@@ -72,14 +72,14 @@ def test_a_service_of_digits_needs_less_than_200_megabytes(
 
 
 def refused(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Start the service, which must refuse; return its status and what it says."""
+    """Start the service, which must refuse; return its exit status and message."""
     done = run("app", *arguments, **environment)
     return done.returncode, done.stderr.strip()
 
 
 @pytest.mark.parametrize("package", ["dropserve.app.cli.serve", "dropserve.export.cli"])
 def test_onnxruntime_is_told_not_to_report_to_its_maker(package: str, tmp_path: Path) -> None:
-    # Where it does report it begins as it is loaded: with an identifier that it keeps here.
+    # If it reported, it would begin when loaded, with an identifier that it stores here.
     done = subprocess.run(
         [sys.executable, "-c", f"import {package}"],
         cwd=ROOT,
@@ -90,9 +90,9 @@ def test_onnxruntime_is_told_not_to_report_to_its_maker(package: str, tmp_path: 
     assert not list(tmp_path.rglob("*onnxruntime*"))
 
 
-def test_a_device_that_is_not_to_be_had_is_an_error_at_start(built: Path) -> None:
+def test_an_unavailable_device_is_an_error_at_start(built: Path) -> None:
     models = str(built / "models")
-    # An empty list of devices: also where there is a GPU, none can be used.
+    # An empty list of devices hides any GPU.
     status, says = refused("--models", models, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert status == 1
     (line,) = [line for line in says.splitlines() if line.startswith("error: ")]
@@ -109,22 +109,20 @@ def test_a_device_that_is_not_to_be_had_is_an_error_at_start(built: Path) -> Non
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_an_option_that_is_not_allowed_is_one_line_and_status_2(
-    arguments: list[str], says: str
-) -> None:
+def test_an_invalid_option_is_one_line_and_status_2(arguments: list[str], says: str) -> None:
     status, line = refused(*arguments)
     assert status == 2
     assert line.startswith(f"python -m app: error: {says}")
     assert "\n" not in line
 
 
-def test_an_environment_variable_that_is_not_allowed_is_one_line_and_status_2() -> None:
+def test_an_invalid_environment_variable_is_one_line_and_status_2() -> None:
     status, line = refused(DROPSERVE_MAX_PASSES="many")
     assert (status, line.splitlines()) == (2, [line])
     assert line.startswith("python -m app: error: --max-passes: Input should be a valid integer")
 
 
-def test_a_models_folder_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_a_missing_models_folder_is_one_line_and_status_1(tmp_path: Path) -> None:
     status, line = refused("--models", str(tmp_path / "none"))
     assert status == 1
     assert line == (
@@ -140,7 +138,7 @@ def test_an_empty_models_folder_is_one_line_and_status_1(tmp_path: Path) -> None
     )
 
 
-def test_a_port_that_is_taken_is_said(built: Path) -> None:
+def test_a_port_in_use_is_reported(built: Path) -> None:
     with service(built / "models") as client:
         port = str(client.base_url.port)
         status, says = refused("--models", str(built / "models"), "--port", port)
@@ -176,12 +174,12 @@ def test_bundles_that_cannot_be_trusted_are_refused_and_the_others_served(
     rewrite(tmp_path / "unloadable" / "1")
     shutil.copy(digits / "predict.onnx", tmp_path / "halved" / "1" / "stochastic.onnx")
     rewrite(tmp_path / "halved" / "1")
-    # Neither is a model: what a killed export left, and what somebody put there.
+    # No models: the remains of a killed export, and a stray file.
     (tmp_path / "good" / ".staging-x").mkdir()
     (tmp_path / "notes.txt").touch()
     with service(tmp_path) as client:
         assert client.get("/health/ready").json()["models"] == {"good": [1]}
-        # The only model there is needs no name.
+        # The only model needs no name.
         assert client.post("/predict", json={"inputs": [[0] * 64]}).status_code == 200
     errors = [e["message"] for e in events(capfd.readouterr().out) if e["level"] == "error"]
     said = sorted(errors)

@@ -19,7 +19,7 @@ THERE = "pyproject.toml"
 
 
 def external(tensor: TensorProto, location: str) -> None:
-    """Say that a tensor's data are elsewhere."""
+    """Mark a tensor's data as external."""
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
@@ -48,7 +48,7 @@ def operator_of_a_library(model: onnx.ModelProto) -> None:
 
 
 def rebuilt(place: Path, file: str, change: Callable[[onnx.ModelProto], None]) -> None:
-    """Change a graph, and the manifest with it."""
+    """Change a graph, and its hash in the manifest."""
     model = onnx.load(place / file)
     change(model)
     (place / file).write_bytes(model.SerializeToString())
@@ -58,7 +58,7 @@ def rebuilt(place: Path, file: str, change: Callable[[onnx.ModelProto], None]) -
 
 
 def copied(built: Path, place: Path, /, **change: object) -> Path:
-    """Copy a bundle to ``models/NAME/1`` and let its manifest say so, or what is asked for."""
+    """Copy a bundle to ``models/NAME/1``, with its name, and other changes, in the manifest."""
     shutil.copytree(built / "models" / "digits" / "1", place)
     manifest = json.loads((place / "manifest.json").read_text())
     change = {"name": place.parent.name} | change
@@ -67,7 +67,7 @@ def copied(built: Path, place: Path, /, **change: object) -> Path:
 
 
 def moved_out(path: Path, outside: Path) -> None:
-    """Move something elsewhere and leave a link to it."""
+    """Move a file or folder elsewhere and leave a link to it."""
     outside.mkdir(exist_ok=True)
     place = outside / f"{len(list(outside.iterdir()))}"
     path.rename(place)
@@ -101,7 +101,7 @@ def test_bundles_that_reach_outside_themselves_are_refused_and_the_others_served
         name = f"linked-{file.partition('.')[0]}"
         moved_out(bundle(name, f"{file} is a link, not a file") / file, outside)
 
-    # Whoever opens a named pipe waits for somebody to write to it.
+    # To open a named pipe is to wait for a writer.
     pipe = bundle("pipe", "predict.onnx is not a regular file") / "predict.onnx"
     pipe.unlink()
     os.mkfifo(pipe)
@@ -124,7 +124,7 @@ def test_bundles_that_reach_outside_themselves_are_refused_and_the_others_served
 def test_links_above_the_models_folder_and_within_it_are_followed(
     built: Path, tmp_path: Path
 ) -> None:
-    # As Kubernetes mounts a volume: what is published changes by one link.
+    # As Kubernetes mounts a volume, which changes by one link.
     volume = tmp_path / "volume"
     copied(built, volume / "..2026" / "digits" / "1")
     (volume / "..data").symlink_to("..2026")
