@@ -3,8 +3,8 @@
 What HTTP cannot promise: a request sent over an idle kept connection in the moment in which it is
 closed is lost. While the server drains its answers say ``connection: close``, so that hardly a
 client has such a connection left; one that does sees it close without a byte of an answer, and
-may send the request again. Likewise a handshake of which only the client's half is over when
-the port closes: such a connection is reset.
+may send the request again. Likewise a handshake that is still under way when the port closes, later
+than `HANDSHAKE_SECONDS` after the last new one: such a connection is reset.
 """
 
 import asyncio
