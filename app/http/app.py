@@ -125,7 +125,8 @@ def create(
         "/debug/mc": endpoint("/debug/mc", "debug", parse_query, debug_mc),
         "/console/masks": endpoint("/console/masks", "debug", parse_masks, masks),
     }
-    infer_endpoint = endpoint(infer.ROUTES[0], "predict", infer.parse, infer.Infer(service).answer)
+    v2 = infer.Infer(service)
+    infer_endpoint = endpoint(infer.ROUTES[0], "predict", v2.parse, v2.answer)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -3,8 +3,8 @@
 HTTP itself leaves a gap: a request sent over an idle keep-alive connection at the moment it closes
 is lost. While the server drains, its responses say ``connection: close``, so that hardly any client
 still has such a connection; one that does sees it close without a byte of a response, and may
-retry. Likewise, a connection is reset if only the client's half of the handshake is complete when
-the port closes.
+retry. Likewise, a connection is reset if its handshake is still under way when the port closes,
+`HANDSHAKE_SECONDS` after new ones were last accepted.
 """
 
 import asyncio

@@ -49,11 +49,12 @@ class Target(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request: the name in its path, the model, and the content."""
+    """A parsed request: the name in its path, its target, that model, and the content."""
 
-    path_name: str
+    name: str
     target: Target
-    request: InferRequest
+    runner: ModelRunner
+    content: InferRequest
 
 
 def parse_target(name: str, version: str | None) -> Target:
@@ -62,25 +63,24 @@ def parse_target(name: str, version: str | None) -> Target:
     return Target(name.removesuffix(MC), number, name.endswith(MC))
 
 
-def parse(request: Request) -> Asked:
-    """Parse a request."""
-    found = PATH.fullmatch(request.path)
-    assert found
-    target = parse_target(found[1], found[2])
-    content = codec.parse_request(request.body, parse_header_length(request.headers))
-    return Asked(found[1], target, content)
-
-
 class Infer:
-    """Answers ``infer`` requests with a service."""
+    """Parses ``infer`` requests, and answers them with a service."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
+    def parse(self, request: Request) -> Asked:
+        """Parse a request, for a model that is served."""
+        found = PATH.fullmatch(request.path)
+        assert found
+        target = parse_target(found[1], found[2])
+        runner = self.service.registry.find(target.name, target.version)
+        content = codec.parse_request(request.body, parse_header_length(request.headers))
+        return Asked(found[1], target, runner, content)
+
     async def answer(self, asked: Asked, record: RequestRecord) -> Response:
         """Answer a request."""
-        name, target, request = asked
-        runner = self.service.registry.find(target.name, target.version)
+        name, target, runner, request = asked
         x = rows_of(runner, request)
         outputs = wanted_outputs(runner, request, mc=target.mc)
         manifest = runner.manifest

@@ -417,9 +417,9 @@ def test_fields_unknown_to_onnx_are_skipped() -> None:
 def test_many_small_fields_take_time_that_grows_with_them() -> None:
     # Nodes without content, two bytes each.
     graph = inside(7, inside(1, b"") * 200_000)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert refusal(graph) is None
-    assert time.perf_counter() - begin < 5
+    assert time.thread_time() - begin < 5
 
 
 def faults(message: Message) -> Iterator[str]:
