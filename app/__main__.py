@@ -7,7 +7,8 @@ from dropserve.commandline import run, start
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    prog, arguments = "python -m app", sys.argv[1:]
+    # "python -m app" in a checkout, "python -m dropserve.app" in an image.
+    prog, arguments = f"python -m {__package__}", sys.argv[1:]
     if arguments[:1] in (["score"], ["key"]):
         return run(prog, "Serve bundles.", ("score", "key"), arguments)
     return start("serve", prog, arguments)

@@ -20,7 +20,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="DROPSERVE_",
         frozen=True,
-        cli_prog_name="python -m app",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_exit_on_error=False,

@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 from benchmarks import figures, timing
-from dropserve.app.http import messages
+from dropserve.app.http import bodies
 from dropserve.app.http.schemas import PredictRequest
 from dropserve.app.http.v2 import codec
 from dropserve.app.inference.rows import read_rows
@@ -30,7 +30,7 @@ def main() -> None:
     seconds = timing.interleaved(
         {
             "/predict": lambda: read_rows(
-                messages.parse_json(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
+                bodies.parse_json(HEADERS, as_json, PredictRequest).inputs, (LENGTH,)
             ),
             "Open Inference Protocol, JSON": lambda: codec.parse_request(listed, None),
             "Open Inference Protocol, binary": lambda: codec.parse_request(binary, len(head)),

@@ -33,7 +33,7 @@ COMMANDS = {
         "dropserve.model.cli", "train", "train", "train a network and report on held-out rows"
     ),
     "evaluate": Command(
-        "dropserve.model.cli", "evaluate", "train", "judge a trained network on held-out rows"
+        "dropserve.model.cli", "evaluate", "train", "evaluate a trained network on held-out rows"
     ),
     "export": Command(
         "dropserve.export.cli", "command", "train", "turn a trained network into a verified bundle"

@@ -31,7 +31,7 @@ BACKLOG = 2048
 # Time that workers get to exit after the drain, before they are killed.
 MARGIN_SECONDS = 5
 
-log = logging.getLogger("app")
+log = logging.getLogger(__name__)
 
 
 def command(arguments: Sequence[str], prog: str) -> int:

@@ -2,20 +2,22 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Response
+from fastapi import Request as FastAPIRequest
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import dropserve
-from dropserve.app.http import console, messages, openapi, problems
+from dropserve.app.http import bodies, console, openapi, problems
+from dropserve.app.http.bodies import Request, json_response, parse_query, starlette_response
 from dropserve.app.http.context import Context
 from dropserve.app.http.handler import Application, Endpoint
-from dropserve.app.http.messages import json_response, starlette_response
 from dropserve.app.http.problems import RECORD
 from dropserve.app.http.schemas import (
     Alive,
@@ -28,14 +30,16 @@ from dropserve.app.http.schemas import (
 )
 from dropserve.app.http.v2 import infer, repository, routes
 from dropserve.app.inference.admission import Admission
-from dropserve.app.inference.query import Query
 from dropserve.app.inference.service import Service
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
 
-# Bodies of the maximum length that may be held at a time, or more shorter ones. The numbers of JSON
-# take some ten times the memory of their text.
+# Bodies of maximum length whose bytes may be held at a time. The numbers of JSON take some ten times
+# the memory of their text.
 LONGEST_BODIES = 8
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+
 DEBUG_ENDPOINTS = ("/debug/mc", "/console/masks")
 
 
@@ -73,60 +77,41 @@ def create(
     origins
         Origins whose pages may send requests; ``*``: any.
     """
-    bodies = Admission(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
+    held_bodies = Admission(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
 
     def endpoint(
         route: str,
         key_scope: KeyScope,
-        parse: Callable[[messages.Request], Any],
-        answer: Callable[[Any, RequestRecord], Awaitable[messages.Response]],
-    ) -> Endpoint[Any]:
+        parse: Callable[[Request], Asked],
+        ask: Callable[[Asked, RequestRecord], Awaitable[Answered]],
+        write: Callable[[Answered], bodies.Response],
+    ) -> Endpoint[Asked, Answered]:
         return Endpoint(
             route,
             key_scope,
             parse,
-            answer,
+            ask,
+            write,
             context=context,
             admission=service.admission,
             max_body_bytes=max_body_bytes,
-            bodies=bodies,
+            bodies=held_bodies,
         )
 
-    def parse_predict(request: messages.Request) -> PredictRequest:
-        return messages.parse_json(request.headers, request.body, PredictRequest)
-
-    async def predict(asked: PredictRequest, record: RequestRecord) -> messages.Response:
-        return json_response(
-            await service.predict(asked.inputs, asked.model, asked.version, record)
+    parse_predict = partial(parse_query, PredictRequest, PredictRequest.predict_query)
+    parse_mc = partial(parse_query, UncertaintyRequest, UncertaintyRequest.query)
+    parse_masks = partial(parse_query, MasksRequest, MasksRequest.query)
+    endpoints: dict[str, Endpoint[Any, Any]] = {
+        each.route: each
+        for each in (
+            endpoint("/predict", "predict", parse_predict, service.predict, json_response),
+            endpoint("/uncertainty", "predict", parse_mc, service.uncertainty, json_response),
+            endpoint(DEBUG_ENDPOINTS[0], "debug", parse_mc, service.debug, json_response),
+            endpoint(DEBUG_ENDPOINTS[1], "debug", parse_masks, service.masks, json_response),
         )
-
-    def parse_query(request: messages.Request) -> Query:
-        return messages.parse_json(request.headers, request.body, UncertaintyRequest).query()
-
-    async def uncertainty(query: Query, record: RequestRecord) -> messages.Response:
-        return json_response(await service.uncertainty(query, record))
-
-    async def debug_mc(query: Query, record: RequestRecord) -> messages.Response:
-        return json_response(await service.debug(query, record))
-
-    def parse_masks(request: messages.Request) -> MasksRequest:
-        return messages.parse_json(request.headers, request.body, MasksRequest)
-
-    async def masks(asked: MasksRequest, record: RequestRecord) -> messages.Response:
-        return json_response(
-            await service.masks(
-                asked.model, asked.version, asked.passes, asked.seed, asked.masks, record
-            )
-        )
-
-    endpoints = {
-        "/predict": endpoint("/predict", "predict", parse_predict, predict),
-        "/uncertainty": endpoint("/uncertainty", "predict", parse_query, uncertainty),
-        "/debug/mc": endpoint("/debug/mc", "debug", parse_query, debug_mc),
-        "/console/masks": endpoint("/console/masks", "debug", parse_masks, masks),
     }
     v2 = infer.Infer(service)
-    infer_endpoint = endpoint(infer.ROUTES[0], "predict", v2.parse, v2.answer)
+    infer_endpoint = endpoint(infer.ROUTES[0], "predict", v2.parse, v2.answer, infer.write)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -153,7 +138,7 @@ def create(
 
     def guard(scope: KeyScope | None) -> Any:
         # FastAPI would call a plain function in a thread.
-        async def check(request: Request) -> None:
+        async def check(request: FastAPIRequest) -> None:
             context.check(request.scope[RECORD], dict(request.scope["headers"]), scope)
 
         return Depends(check)

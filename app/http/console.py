@@ -11,12 +11,12 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from dropserve.app.errors import Forbidden
+from dropserve.app.http.bodies import starlette_response
 from dropserve.app.http.context import Context
-from dropserve.app.http.messages import starlette_response
 from dropserve.app.http.problems import RECORD
 from dropserve.app.http.schemas import UncertaintyRequest
+from dropserve.app.http.v2.infer import parse_version
 from dropserve.app.inference.examples import Examples
-from dropserve.app.inference.registry import parse_version
 from dropserve.app.inference.service import Service
 
 FOLDER = Path(__file__).parents[1] / "console"

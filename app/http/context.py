@@ -1,4 +1,4 @@
-"""The context of every request: first id, API key and deadline; last metrics, log and spans."""
+"""Start and end of every request: id, API key and deadline; then metrics, log and spans."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from types import TracebackType
 from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import Forbidden
-from dropserve.app.http.messages import Headers
+from dropserve.app.http.bodies import Headers
 from dropserve.app.observability import tracing
 from dropserve.app.observability.logs import RequestLog
 from dropserve.app.observability.metrics import Metrics

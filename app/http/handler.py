@@ -1,12 +1,12 @@
 """From a request's bytes to a response's bytes: dispatch, admission, body, answer, response.
 
 FastAPI's own way (middleware, routing, Request and Response objects) costs a request several times
-as much; benchmarks/README.md has the figures. FastAPI answers only what is not for an endpoint.
+as much; benchmarks/README.md has the figures. FastAPI handles only requests that match no endpoint.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Generic, TypeVar
 
@@ -17,16 +17,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dropserve.app.errors import Overloaded
 from dropserve.app.http import problems
-from dropserve.app.http.context import Context
-from dropserve.app.http.disconnect import DisconnectWatcher
-from dropserve.app.http.messages import (
+from dropserve.app.http.bodies import (
     PAUSE,
+    Headers,
     Request,
     Response,
+    complete,
     read_body,
     send_response,
-    with_id,
 )
+from dropserve.app.http.context import Context
+from dropserve.app.http.disconnect import DisconnectWatcher
 from dropserve.app.http.problems import RECORD
 from dropserve.app.inference.admission import Admission
 from dropserve.app.observability.record import RequestRecord
@@ -44,12 +45,14 @@ REQUEST_HEADERS = (
 )
 RESPONSE_HEADERS = ("inference-header-content-length", "retry-after", "x-request-id")
 
+# In the scope of a request: its endpoint, once found.
+ENDPOINT = "dropserve.endpoint"
+
 Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
-log = logging.getLogger("app")
 
-
-class Endpoint(Generic[Asked]):
+class Endpoint(Generic[Asked, Answered]):
     """A route that takes one kind of POST request.
 
     Parameters
@@ -60,8 +63,10 @@ class Endpoint(Generic[Asked]):
         Scope that an API key needs.
     parse
         Turns a request into the typed query that it holds.
-    answer
+    ask
         Answers the query.
+    write
+        Turns the answer into a response.
     context
         Opens the record of each request.
     admission
@@ -77,7 +82,8 @@ class Endpoint(Generic[Asked]):
         route: str,
         key_scope: KeyScope,
         parse: Callable[[Request], Asked],
-        answer: Callable[[Asked, RequestRecord], Awaitable[Response]],
+        ask: Callable[[Asked, RequestRecord], Awaitable[Answered]],
+        write: Callable[[Answered], Response],
         *,
         context: Context,
         admission: Admission,
@@ -87,7 +93,8 @@ class Endpoint(Generic[Asked]):
         self.route = route
         self.key_scope = key_scope
         self.parse = parse
-        self.answer = answer
+        self.ask = ask
+        self.write = write
         self.context = context
         self.admission = admission
         self.max_body_bytes = max_body_bytes
@@ -112,68 +119,79 @@ class Endpoint(Generic[Asked]):
                 self.context.check(record, headers, self.key_scope)
             except Exception as refusal:
                 error = refusal
-            response = failure(error, scope["path"], record)
+            response = problems.respond(error, scope["path"], record)
             scope[PAUSE] = record.rejected == "queue"
-        return with_id(response, record.id)
+        return complete(response, record.id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request through ASGI: read its body, handle it, stop if the client leaves."""
+        """Answer a request through ASGI."""
         if scope.pop(RESERVED, False):
             self.admission.release(1)
-        path, headers, held = scope["path"], dict(scope["headers"]), 0
+        headers, held = dict(scope["headers"]), 0
 
         def hold(size: int) -> None:
             nonlocal held
             self.bodies.acquire(size)
             held += size
 
+        def read() -> Awaitable[bytes | bytearray]:
+            return read_body(headers, receive, self.max_body_bytes, hold)
+
         with self.context.request("POST", self.route, headers) as record:
+            scope[RECORD] = record
+            watch = partial(self.disconnects.watch, receive)
             try:
-                self.context.check(record, headers, self.key_scope)
-                self.admission.check()
-                # Without a name for the body, so that it can be freed once it is parsed.
-                work = self.handle(
-                    Request(
-                        path,
-                        headers,
-                        await read_body(headers, receive, self.max_body_bytes, hold),
-                    ),
-                    record,
-                )
-                response = await self.disconnects.watch(receive, work)
+                response = await self.respond(scope["path"], headers, read, watch, record)
             except ClientDisconnect:
                 return
-            except asyncio.CancelledError:
-                # By the server, whose grace period is over.
-                ended = Overloaded("the service ended before the answer was ready", 1)
-                response = problems.respond(ended, path, record)
-            except Exception as error:
-                response = failure(error, path, record)
             finally:
                 self.bodies.release(held)
             scope[PAUSE] = record.rejected == "queue"
-            await send_response(send, response, record.id)
+            await send_response(send, response)
 
-    async def handle(self, request: Request, record: RequestRecord) -> Response:
-        """Turn a request into its response; an error, too, is a response."""
-        path = request.path
+    async def respond(
+        self,
+        path: str,
+        headers: Headers,
+        read: Callable[[], Awaitable[bytes | bytearray]],
+        watch: Callable[[Awaitable[Answered]], Awaitable[Answered]],
+        record: RequestRecord,
+    ) -> Response:
+        """Turn a request's bytes into the complete response; an error is a response, too.
+
+        Parameters
+        ----------
+        path, headers
+            The head of the request.
+        read
+            Returns the body, once the head is accepted.
+        watch
+            Awaits the answer, and cancels it if the client disconnects.
+        record
+            Of the request.
+
+        Raises
+        ------
+        ClientDisconnect
+            If the client disconnects first.
+        """
         try:
-            asked = self.parse(request)
-            # The numbers of JSON take ten times the memory of their text, which is not needed now.
-            del request
-            response = await self.answer(asked, record)
+            self.context.check(record, headers, self.key_scope)
+            self.admission.check()
+            # No name refers to the body: it is freed once parsed, and so makes room for its
+            # numbers, which take ten times its memory.
+            asked = self.parse(Request(path, headers, await read()))
+            response = self.write(await watch(self.ask(asked, record)))
+            record.status = response.status
+        except ClientDisconnect:
+            raise
+        except asyncio.CancelledError:
+            # Cancelled by the server, whose grace period is over.
+            ended = Overloaded("the service ended before the answer was ready", 1)
+            response = problems.respond(ended, path, record)
         except Exception as error:
-            return failure(error, path, record)
-        record.status = response.status
-        return response
-
-
-def failure(error: Exception, path: str, record: RequestRecord) -> Response:
-    """Answer a request that met an error; log one that is a fault of the service."""
-    response = problems.respond(error, path, record)
-    if record.status == problems.UNEXPECTED:
-        log.error("request %s met an unexpected error", record.id, exc_info=error)
-    return response
+            response = problems.respond(error, path, record)
+        return complete(response, record.id)
 
 
 class Application:
@@ -197,8 +215,8 @@ class Application:
 
     def __init__(
         self,
-        endpoints: Mapping[str, Endpoint[Any]],
-        infer: Endpoint[Any],
+        endpoints: Mapping[str, Endpoint[Any, Any]],
+        infer: Endpoint[Any, Any],
         is_infer: Callable[[str], object],
         rest: FastAPI,
         context: Context,
@@ -209,7 +227,6 @@ class Application:
         self.is_infer = is_infer
         self.rest = rest
         self.context = context
-        self.openapi = rest.openapi
         self.draining = False
         self.dispatch: ASGIApp = self._dispatch
         # Whether responses get headers on their way out.
@@ -230,10 +247,10 @@ class Application:
     def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self.rest(scope, receive, send)
-        endpoint = self._find(scope)
+        endpoint = scope.pop(ENDPOINT, None) or self._find(scope)
         return endpoint(scope, receive, send) if endpoint else self._other(scope, receive, send)
 
-    def _find(self, scope: Scope) -> Endpoint[Any] | None:
+    def _find(self, scope: Scope) -> Endpoint[Any, Any] | None:
         """Return the endpoint of a request."""
         if scope["method"] != "POST":
             return None
@@ -256,6 +273,10 @@ class Application:
 
             try:
                 await self.rest(scope, receive, send_with_id)
+            except Exception:
+                # FastAPI raises an unexpected error again once ``problems`` has answered it.
+                if record.rejected != problems.ERROR:
+                    raise
             finally:
                 record.route = getattr(scope.get("route"), "path", UNKNOWN)
 
@@ -263,7 +284,10 @@ class Application:
         """Refuse a request whose head has arrived if there is no room for it."""
         # The middleware has to add headers to a refusal, too.
         endpoint = None if self.cors else self._find(scope)
-        return endpoint.shed(scope) if endpoint else None
+        if endpoint is None:
+            return None
+        scope[ENDPOINT] = endpoint
+        return endpoint.shed(scope)
 
     async def crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request on a connection beyond the limit: nothing but health probes."""
@@ -275,19 +299,20 @@ class Application:
             error = Overloaded("too many connections are open", 1)
             response = problems.respond(error, scope["path"], record)
             record.rejected = "connections"
-            await send_response(send, response, record.id)
+            await send_response(send, complete(response, record.id))
 
-    def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
+    def malformed(self, status: HTTPStatus, detail: str, scope: Scope | None) -> Response:
         """Answer a request that is not valid HTTP, too long or too slow.
 
-        ``has_record`` tells whether the request has a record already, since its head was complete.
+        ``scope`` is that of a request whose head was valid, else None.
         """
-        opened = self.context.request("", UNKNOWN, {})
-        if not has_record:
-            with opened as record:
-                record.status, record.rejected = status, "head"
-        problem = problems.Problem(status, detail)
-        return with_id(problems.write(problem, opened.record.id), opened.record.id)
+        record: RequestRecord | None = scope.get(RECORD) if scope else None
+        if record is None:
+            with self.context.request("", UNKNOWN, {}) as record:
+                record.status, record.rejected = int(status), "head"
+        else:
+            record.status = int(status)
+        return complete(problems.write(problems.Problem(status, detail), record.id), record.id)
 
     def drain(self) -> None:
         """Report from now on that the service is not ready."""

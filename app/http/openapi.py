@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, completed with what FastAPI does not know.
+"""The OpenAPI document: FastAPI's, plus the parts that FastAPI cannot know.
 
 FastAPI neither parses nor writes the bodies of the endpoints, and knows neither the served models
 nor how requests are refused.

@@ -3,6 +3,7 @@
 Under /v2 they follow the Open Inference Protocol: ``{"error": ...}``, and 400 in place of 422.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from dropserve.app.errors import (
     Unauthorized,
     UnknownModel,
 )
-from dropserve.app.http.messages import LONGEST_PATH, Response
+from dropserve.app.http.bodies import LONGEST_PATH, Response
 from dropserve.app.observability.record import RequestRecord
 
 MEDIA_TYPE = "application/problem+json"
@@ -31,8 +32,10 @@ PROTOCOL = "/v2"
 RECORD = "dropserve.record"
 # Most errors of a response: a body could have many.
 MOST_ERRORS = 20
-UNEXPECTED = 500
+# Reason under which unexpected errors are counted.
+ERROR = "error"
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
+log = logging.getLogger(__name__)
 
 REFUSALS = (
     InputError,
@@ -46,7 +49,7 @@ REFUSALS = (
 
 
 class Problem(NamedTuple):
-    """What a client learns about an error, and the reason under which it is counted."""
+    """The client's view of an error, and the reason under which it is counted."""
 
     status: int
     detail: str
@@ -56,7 +59,7 @@ class Problem(NamedTuple):
 
 
 def problem_of(error: Exception) -> Problem:
-    """Return what a client learns about an error."""
+    """Return the client's view of an error."""
     match error:
         case ValidationError():
             return invalid(
@@ -87,7 +90,7 @@ def problem_of(error: Exception) -> Problem:
             rejected = "body" if too_long else "invalid"
             return Problem(error.status_code, error.detail, rejected, headers=error.headers or {})
     # The traceback is in the log, with the id that the client gets.
-    return Problem(UNEXPECTED, "an error of the service; its log says more", "error")
+    return Problem(500, "an error of the service; its log says more", ERROR)
 
 
 def invalid(errors: Sequence[tuple[str, str]]) -> Problem:
@@ -101,6 +104,8 @@ def respond(error: Exception, path: str, record: RequestRecord) -> Response:
     """Answer a request for ``path`` that met an error, and note that in its record."""
     problem = problem_of(error)
     record.rejected, record.status = problem.rejected, problem.status
+    if problem.rejected == ERROR:
+        log.error("request %s met an unexpected error", record.id, exc_info=error)
     if not path.startswith(PROTOCOL):
         return write(problem, record.id)
     record.status = 400 if problem.status == 422 else problem.status

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dropserve.app.inference.query import SEED_LIMIT, Query
+from dropserve.app.inference.query import SEED_LIMIT, MasksQuery, PredictQuery, Query
 from dropserve.app.uncertainty.masks import Kind
 
 Matrix = list[list[float]]  # [B, C]
@@ -41,6 +41,10 @@ class PredictRequest(Document):
     model: str | None = Field(None, description="Needed where several models are served.")
     version: int | None = Field(None, ge=1, description="The newest by default.")
 
+    def predict_query(self) -> PredictQuery:
+        """Return the query, free of its HTTP origin."""
+        return PredictQuery(self.inputs, self.model, self.version)
+
 
 class UncertaintyRequest(PredictRequest):
     """Rows to run train-mode passes of."""
@@ -61,7 +65,7 @@ class UncertaintyRequest(PredictRequest):
     masks: Kind = Field(
         Query.masks,
         description="How masks are drawn. Stratified: for some ten passes together, each unit is "
-        "kept in just the share of them that it should be; the same mean with fewer passes.",
+        "kept in exactly its share of them; the same mean with fewer passes.",
     )
     tolerance: float | None = Field(
         Query.tolerance,
@@ -80,7 +84,17 @@ class UncertaintyRequest(PredictRequest):
 
     def query(self) -> Query:
         """Return the query, free of its HTTP origin."""
-        return Query(**dict(self))
+        return Query(
+            inputs=self.inputs,
+            model=self.model,
+            version=self.version,
+            passes=self.passes,
+            seed=self.seed,
+            interval=self.interval,
+            masks=self.masks,
+            tolerance=self.tolerance,
+            coverage=self.coverage,
+        )
 
 
 class MasksRequest(Document):
@@ -91,6 +105,10 @@ class MasksRequest(Document):
     passes: int = Field(ge=1)
     seed: int = Field(ge=0, lt=SEED_LIMIT)
     masks: Kind
+
+    def query(self) -> MasksQuery:
+        """Return the query, free of its HTTP origin."""
+        return MasksQuery(self.model, self.version, self.passes, self.seed, self.masks)
 
 
 class ClassPrediction(Document):
@@ -268,7 +286,7 @@ class VersionState(Document):
 
 
 class IndexRequest(Document):
-    """Which versions to list."""
+    """Filter of the listed versions."""
 
     ready: bool = Field(False, description="Only served versions.")
 

@@ -20,23 +20,6 @@ def identity(manifest: Manifest) -> Answer:
     return {"model": manifest.name, "version": manifest.version}
 
 
-def labels(manifest: Manifest, largest: Sequence[int]) -> list[str]:
-    """Return the label of each row's likeliest class."""
-    names = manifest.outputs.labels
-    return [names[place] for place in largest]
-
-
-def prediction(manifest: Manifest, found: Prediction) -> Answer:
-    """Answer with eval mode: class probabilities or values ``[B, C]``."""
-    answer = identity(manifest)
-    if manifest.task == "classification":
-        answer["labels"] = labels(manifest, found.largest)
-        answer["probabilities"] = found.outputs
-    else:
-        answer["values"] = found.outputs
-    return answer
-
-
 def uncertainty(manifest: Manifest, query: Query, seed: int, passes: int, found: Summary) -> Answer:
     """Answer with the statistics of the passes.
 
@@ -54,7 +37,8 @@ def uncertainty(manifest: Manifest, query: Query, seed: int, passes: int, found:
     moments, interval, parts = found
     answer = identity(manifest) | {"passes": passes, "seed": seed}
     if manifest.task == "classification":
-        answer["labels"] = labels(manifest, moments.mean.argmax(axis=1).tolist())
+        names = manifest.outputs.labels
+        answer["labels"] = [names[place] for place in moments.mean.argmax(axis=1)]
     answer |= {
         "mean": moments.mean,
         "std": moments.std,

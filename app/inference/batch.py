@@ -105,6 +105,18 @@ def run_passes(engine: Engine, jobs: Sequence[PassesJob]) -> list[Samples | Summ
     return with_errors(outcomes, errors)
 
 
+def as_summary(outcome: Samples | Summary) -> Summary:
+    """Return the outcome of a job with a level."""
+    assert isinstance(outcome, Summary)
+    return outcome
+
+
+def as_samples(outcome: Samples | Summary) -> Samples:
+    """Return the outcome of a job without a level."""
+    assert isinstance(outcome, np.ndarray)
+    return outcome
+
+
 def outcomes_of(
     manifest: Manifest, jobs: Sequence[PassesJob], outputs: NDArray[np.float32]
 ) -> list[Samples | Summary | InputError]:
@@ -137,7 +149,7 @@ def outcomes_of_alike(
     except InputError as error:
         if len(jobs) == 1:
             return [error]
-        # Some job's; each alone shows whose.
+        # One of the jobs caused the error; each is tried alone to find it.
         parts = slices(job.size for job in jobs)
         return [
             outcomes_of_alike(manifest, [job], outputs[part])[0]

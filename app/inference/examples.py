@@ -7,7 +7,7 @@ import orjson
 from numpy.typing import NDArray
 
 from dropserve.app.errors import InputError
-from dropserve.app.inference.rows import rows_from_lists
+from dropserve.app.inference.rows import read_rows
 from dropserve.export import bundle
 
 
@@ -35,7 +35,7 @@ def read_examples(text: bytes, manifest: bundle.Manifest) -> Examples:
     if not inputs:
         raise bundle.BundleError(f"{bundle.EXAMPLES} is empty")
     try:
-        rows = rows_from_lists(inputs, manifest.input.shape, len(inputs))
+        rows = read_rows(inputs, manifest.input.shape)
     except InputError as error:
         raise bundle.BundleError(f"{bundle.EXAMPLES}: {error}") from None
     return Examples(rows, truths)

@@ -1,4 +1,4 @@
-"""What a Monte Carlo request asks for, whatever the transport; the defaults stand here."""
+"""Queries, independent of the transport, with their defaults."""
 
 import secrets
 from dataclasses import dataclass
@@ -10,6 +10,26 @@ from dropserve.app.uncertainty.masks import Kind
 SEED_LIMIT = 2**63
 # A drawn seed is an integer that JavaScript, too, reads without loss.
 DRAWN_SEED_BITS = 53
+
+
+@dataclass(frozen=True)
+class PredictQuery:
+    """Rows to predict in eval mode, by a model and a version of it (as in ``Query``)."""
+
+    inputs: Inputs
+    model: str | None = None
+    version: int | None = None
+
+
+@dataclass(frozen=True)
+class MasksQuery:
+    """The query whose masks are wanted, without its rows."""
+
+    model: str
+    version: int
+    passes: int
+    seed: int
+    masks: Kind
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ nothing. A request keeps the model it has found until its response is out.
 
 import asyncio
 import logging
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -307,8 +306,7 @@ def find_version(
         (name,) = served
     versions = find_versions(served, name)
     if version is None:
-        # Versions are kept in order.
-        version = next(reversed([*versions]))
+        version = max(versions)
     if version not in versions:
         numbers = ", ".join(map(str, versions))
         raise UnknownModel(f"no version {version} of model {name}; served are: {numbers}")
@@ -321,13 +319,6 @@ def find_versions(served: Mapping[str, Versions], name: str) -> Versions:
         names = ", ".join(sorted(served)) or "none"
         raise UnknownModel(f"no model {name[:100]!r}; served are: {names}")
     return served[name]
-
-
-def parse_version(text: str) -> int:
-    """Parse the number of a version; raise UnknownModel if it is not one."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise UnknownModel(f"no version {text[:20]!r}: versions are whole numbers")
-    return int(text)
 
 
 def load_engines(

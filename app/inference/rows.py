@@ -21,21 +21,6 @@ NUMBERS = {int, float}
 LISTS = {list}
 
 
-def rows_from_lists(
-    inputs: list[object], shape: tuple[int, ...], max_rows: int
-) -> NDArray[np.float32]:
-    """Return ``[B, *shape]`` from B rows, each nested to ``shape`` or flat.
-
-    Raises
-    ------
-    InputError
-        If there are no rows or more than ``max_rows``, a row has another shape, or a value is not
-        a float32 number (a boolean is not).
-    """
-    check_count(inputs, max_rows)
-    return read_rows(inputs, shape)
-
-
 def check_count(inputs: Sized, max_rows: int) -> None:
     """Raise InputError if there are no rows or more than ``max_rows``."""
     if len(inputs) == 0:
@@ -45,7 +30,14 @@ def check_count(inputs: Sized, max_rows: int) -> None:
 
 
 def read_rows(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the rows; raise InputError for the first fault."""
+    """Return ``[B, *shape]`` from B rows, each nested to ``shape`` or flat.
+
+    Raises
+    ------
+    InputError
+        For the first row of another shape, or value that is not a float32 number (a boolean is
+        not).
+    """
     rows = rows_at_once(inputs, shape)
     return rows_one_by_one(inputs, shape) if rows is None else rows
 

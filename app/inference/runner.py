@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from dropserve.app.inference import batch, batcher
+from dropserve.app.inference import answers, batch, batcher
 from dropserve.app.inference.batch import PassesJob, Prediction
 from dropserve.app.inference.batcher import Batcher, Pace
 from dropserve.app.inference.engine import Engine
 from dropserve.app.inference.executor import Executor
-from dropserve.app.inference.rows import Inputs, Rows, rows_from_lists
+from dropserve.app.inference.rows import Inputs, Rows, read_rows
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.uncertainty import statistics, summary
 from dropserve.app.uncertainty.masks import MaskStream
@@ -57,6 +57,8 @@ class ModelRunner:
         self.manifest = engine.manifest
         self.row_length = math.prod(self.manifest.input.shape)
         self.is_classifier = self.manifest.task == "classification"
+        self.labels = self.manifest.outputs.labels
+        self.identity = answers.identity(self.manifest)
         predict, run_passes = partial(batch.predict, engine), partial(batch.run_passes, engine)
         # As lists, like those of requests, since reading them takes part of the time.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
@@ -107,14 +109,16 @@ class ModelRunner:
         rows, numbers = range(len(inputs)), range(passes)
         if len(rows) * passes <= self.passes_a_piece:
             job = PassesJob(inputs, stream, rows, numbers, level)
-            return as_summary(await self.passes.submit(job, job.size, record))
+            return batch.as_summary(await self.passes.submit(job, job.size, record))
         groups = []
         x = await self._read(inputs, record)
         for rows in batch.pieces(len(x), max(1, self.passes_a_piece // passes)):
             some_x = x[rows.start : rows.stop]
             if len(rows) * passes <= self.passes_a_piece:
                 job = PassesJob(some_x, stream, rows, numbers, level)
-                groups.append(as_summary(await self.long_passes.submit(job, job.size, record)))
+                groups.append(
+                    batch.as_summary(await self.long_passes.submit(job, job.size, record))
+                )
             else:
                 samples = await self._sample_in_pieces(some_x, stream, rows, numbers, record)
                 groups.append(await self.summarize(samples, level, stream, record))
@@ -160,7 +164,7 @@ class ModelRunner:
         rows, count = range(len(inputs)), len(passes)
         if len(rows) * count <= self.passes_a_piece:
             job = PassesJob(inputs, stream, rows, passes, None)
-            return [as_samples(await self.passes.submit(job, job.size, record))]
+            return [batch.as_samples(await self.passes.submit(job, job.size, record))]
         x = await self._read(inputs, record)
         return [
             await self._sample_in_pieces(x[rows.start : rows.stop], stream, rows, passes, record)
@@ -174,7 +178,7 @@ class ModelRunner:
         parts = []
         for some in batch.pieces(len(passes), max(1, self.passes_a_piece // len(rows))):
             job = PassesJob(x, stream, rows, passes[some.start : some.stop], None)
-            parts.append(as_samples(await self.long_passes.submit(job, job.size, record)))
+            parts.append(batch.as_samples(await self.long_passes.submit(job, job.size, record)))
         if len(parts) == 1:
             return parts[0]
         return statistics.side_by_side(np.concatenate(parts))
@@ -192,7 +196,7 @@ class ModelRunner:
         """Read the rows of several runs at once, so that a fault is found before any run."""
         if not isinstance(inputs, list):
             return inputs
-        read = partial(rows_from_lists, inputs, self.manifest.input.shape, len(inputs))
+        read = partial(read_rows, inputs, self.manifest.input.shape)
         return await self.run_aside(read, record)
 
     async def _compute(
@@ -211,18 +215,6 @@ class ModelRunner:
         """
         record.check_deadline(time.monotonic())
         return await self.executor.submit(work, long=True)
-
-
-def as_summary(outcome: Samples | Summary) -> Summary:
-    """Return the outcome of a job with a level."""
-    assert isinstance(outcome, Summary)
-    return outcome
-
-
-def as_samples(outcome: Samples | Summary) -> Samples:
-    """Return the outcome of a job without a level."""
-    assert isinstance(outcome, np.ndarray)
-    return outcome
 
 
 def between_checks(passes: int, replicate: int) -> Iterator[range]:

@@ -12,13 +12,13 @@ from dropserve.app.inference import answers, batch
 from dropserve.app.inference.admission import Admission, Admitted
 from dropserve.app.inference.answers import Answer
 from dropserve.app.inference.executor import Executor
-from dropserve.app.inference.query import Query, draw_seed
+from dropserve.app.inference.query import MasksQuery, PredictQuery, Query, draw_seed
 from dropserve.app.inference.registry import Engines, Registry
-from dropserve.app.inference.rows import Inputs, check_count
+from dropserve.app.inference.rows import check_count
 from dropserve.app.inference.runner import ModelRunner
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.uncertainty import conformal, masks
-from dropserve.app.uncertainty.masks import Kind, MaskStream
+from dropserve.app.uncertainty.masks import MaskStream
 from dropserve.app.uncertainty.statistics import Samples
 from dropserve.app.uncertainty.summary import Summary
 
@@ -67,15 +67,16 @@ class Service:
         """End the thread of long runs."""
         self.executor.close()
 
-    async def predict(
-        self, inputs: Inputs, name: str | None, version: int | None, record: RequestRecord
-    ) -> Answer:
+    async def predict(self, query: PredictQuery, record: RequestRecord) -> Answer:
         """Answer with class probabilities or values ``[B, C]`` in eval mode."""
-        runner = self.registry.find(name, version)
-        check_count(inputs, self.max_rows)
-        with self._admit(runner, len(inputs), 0, record):
-            prediction = await runner.predict(inputs, record)
-        return answers.prediction(runner.manifest, prediction)
+        runner = self.registry.find(query.model, query.version)
+        check_count(query.inputs, self.max_rows)
+        with self._admit(runner, len(query.inputs), 0, record):
+            outputs, largest = await runner.predict(query.inputs, record)
+        if runner.is_classifier:
+            labels = [runner.labels[place] for place in largest]
+            return runner.identity | {"labels": labels, "probabilities": outputs}
+        return runner.identity | {"values": outputs}
 
     async def uncertainty(self, query: Query, record: RequestRecord) -> Answer:
         """Answer with the statistics of train-mode passes."""
@@ -105,16 +106,14 @@ class Service:
                 runner.manifest, query, stream.seed, passes, summary
             ) | answers.passes(runner.manifest, samples, summary, deterministic, kept)
 
-    async def masks(
-        self, name: str, version: int, passes: int, seed: int, kind: Kind, record: RequestRecord
-    ) -> Answer:
-        """Answer with the masks that the first of so many passes has for the first row."""
-        runner = self.registry.find(name, version)
-        self._check_passes(1, passes)
+    async def masks(self, query: MasksQuery, record: RequestRecord) -> Answer:
+        """Answer with the masks of the first pass of the first row."""
+        runner = self.registry.find(query.model, query.version)
+        self._check_passes(1, query.passes)
         with self._admit(runner, 1, 1, record):
-            stream = masks.stream(kind, seed, runner.manifest.sites, passes)
+            stream = masks.stream(query.masks, query.seed, runner.manifest.sites, query.passes)
             drawn = stream.draw(range(1), range(1))
-        return answers.identity(runner.manifest) | {
+        return runner.identity | {
             "sites": [
                 {"name": site.name, "mask": drawn[site.mask_input][0].view(np.uint8)}
                 for site in runner.manifest.sites

@@ -1,1 +1,1 @@
-"""What is recorded of requests: metrics, log, traces."""
+"""Records of requests: metrics, log, traces."""

@@ -252,14 +252,14 @@ def gauges(
     connections = sum(snapshot.connections for snapshot in snapshots)
     for name, text, value in (
         ("queue_rows", "Rows x passes of the requests that are being answered", queue),
-        ("queue_rows_limit", "What these may be at most", limit),
+        ("queue_rows_limit", "Their limit", limit),
         ("connections", "Open connections", connections),
         ("workers", "Worker processes", len(snapshots)),
     ):
         yield GaugeMetricFamily(f"dropserve_{name}", text, value)
     info = GaugeMetricFamily(
         "dropserve_model_info",
-        "The versions that are served, and on what",
+        "The served versions, with device and provider",
         labels=["model", "version", "device", "provider"],
     )
     for model in models:

@@ -1,4 +1,4 @@
-"""The record of one request: its deadline, and what log, metrics and traces tell about it."""
+"""The record of one request: its deadline, and the fields of log, metrics and traces."""
 
 import math
 import time

@@ -28,7 +28,7 @@ from dropserve.app.server.connection import Limits, connection_class
 from dropserve.app.server.server import Server
 from dropserve.app.settings import Settings
 
-log = logging.getLogger("app")
+log = logging.getLogger(__name__)
 
 
 class Load(NamedTuple):

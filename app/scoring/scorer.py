@@ -24,7 +24,6 @@ from dropserve.app.inference.providers import Device
 from dropserve.app.inference.query import Query
 from dropserve.app.inference.registry import find_version, load_engines
 from dropserve.app.inference.rows import BEYOND, describe_shape
-from dropserve.app.inference.runner import as_summary
 from dropserve.app.uncertainty import masks
 from dropserve.app.uncertainty.masks import Kind
 from dropserve.app.uncertainty.summary import join_rows
@@ -40,7 +39,7 @@ MAX_ROWS = 2**32
 
 @dataclass(frozen=True)
 class Task:
-    """What to do with each row, and with which model."""
+    """Model and options of a scoring run."""
 
     models: Path
     device: Literal["auto"] | Device
@@ -148,7 +147,7 @@ class Scorer:
             (outcome,) = batch.run_passes(self.engine, [job])
             if isinstance(outcome, InputError):
                 raise InputError(f"rows {rows.start} to {rows.stop - 1}", outcome.message)
-            groups.append(as_summary(outcome))
+            groups.append(batch.as_summary(outcome))
         query = Query(x, interval=task.interval)
         answer = answers.uncertainty(self.manifest, query, task.seed, passes, join_rows(groups))
         interval = answer.pop("interval")

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
+from starlette.types import Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.server import ServerState
 
-from dropserve.app.server.protocol import Application, ResponseProtocol
+from dropserve.app.server.protocol import ResponseProtocol, ServedApplication
 
 # Connections beyond the limit that may still probe the health of the service.
 CROWD = 64
@@ -74,7 +75,7 @@ class Connection(ResponseProtocol):
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
         *,
-        application: Application,
+        application: ServedApplication,
         limits: Limits,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop, application=application)
@@ -101,6 +102,7 @@ class Connection(ResponseProtocol):
             return
         if above > 0:
             self.last = True
+            self.crowding = True
             self.app = self.application.crowded
         self.timer = self.loop.call_later(self.limits.receive_seconds, self._late)
 
@@ -276,7 +278,8 @@ class Connection(ResponseProtocol):
             # It arrived before the response to the previous one.
             self.cycle.keep_alive = False
             return
-        response = self.application.malformed(status, detail, has_record=not self.whole)
+        scope = None if self.whole else cast("Scope", self.cycle.scope)
+        response = self.application.malformed(status, detail, scope)
         self.write(response, keep_alive=False)
         self.transport.write_eof()
         self.flow.resume_reading()
@@ -295,7 +298,7 @@ class Connection(ResponseProtocol):
             super().shutdown()
 
 
-def connection_class(application: Application, limits: Limits) -> type[Connection]:
+def connection_class(application: ServedApplication, limits: Limits) -> type[Connection]:
     """Return the class that uvicorn makes connections with."""
     # uvicorn only calls it.
     return cast("type[Connection]", partial(Connection, application=application, limits=limits))

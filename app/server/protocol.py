@@ -4,7 +4,7 @@ Refused requests would otherwise take time from the admitted ones.
 """
 
 import random
-from asyncio import AbstractEventLoop, TimerHandle
+from asyncio import AbstractEventLoop, CancelledError, TimerHandle
 from collections.abc import Awaitable
 from functools import partial
 from http import HTTPStatus
@@ -20,15 +20,15 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from dropserve.app.http.messages import PAUSE, Response
+from dropserve.app.http.bodies import PAUSE, Response
 
 # Longest pause of reading from a client that was refused for the queue. It doubles with each
 # further refusal, up to a limit.
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0
 
 
-class Application(Protocol):
-    """What the server needs of the application, beside ASGI."""
+class ServedApplication(Protocol):
+    """The interface that the server needs of the application, in addition to ASGI."""
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer a request (ASGI)."""
@@ -39,10 +39,10 @@ class Application(Protocol):
     def crowded(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer a request on a connection beyond the limit (ASGI)."""
 
-    def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
+    def malformed(self, status: HTTPStatus, detail: str, scope: Scope | None) -> Response:
         """Return the response to a request that breaks HTTP or a limit of the connection.
 
-        ``has_record`` tells whether the application has seen the head of that request.
+        ``scope`` is that of a request whose head was valid, else None.
         """
 
 
@@ -61,7 +61,7 @@ class ResponseProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: AbstractEventLoop | None = None,
         *,
-        application: Application,
+        application: ServedApplication,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.application = application
@@ -72,6 +72,8 @@ class ResponseProtocol(HttpToolsProtocol):
         # Whether the next request is the first of the bytes just received. Only that one is shed
         # without a task, so that the loop does not refuse thousands in one turn.
         self.first = False
+        # Whether the connection is beyond the limit, so that its requests are not shed.
+        self.crowding = False
         # Longest next pause after a refusal, and the end of the present one.
         self.pause_seconds = PAUSE_SECONDS
         self.pause: TimerHandle | None = None
@@ -88,7 +90,7 @@ class ResponseProtocol(HttpToolsProtocol):
     ) -> None:
         """Have the application answer a request, or shed it without a task."""
         refusal: Response | None = None
-        if self.first and not self.flow.write_paused:
+        if self.first and not self.crowding and not self.flow.write_paused:
             self.first = False
             refusal = self.application.shed(cast("Scope", cycle.scope))
         if refusal is None:
@@ -128,7 +130,12 @@ class ResponseProtocol(HttpToolsProtocol):
             await uvicorn_send(message)
         else:
             if self.flow.write_paused and not cycle.disconnected:
-                await self.flow.drain()
+                try:
+                    await self.flow.drain()
+                except CancelledError:
+                    # The grace period of the shutdown is over, and the client still does not read.
+                    cycle.disconnected = True
+                    self.transport.abort()
             if not cycle.disconnected:
                 content = message.get("body", b"") if cycle.scope["method"] != "HEAD" else b""
                 self._respond(cycle, Response(start["status"], content, start["headers"]))

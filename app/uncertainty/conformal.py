@@ -1,10 +1,10 @@
 """Split-conformal prediction: sets and intervals that contain the truth as often as stated.
 
-The bundle has the scores of n held-out rows, to which nothing was fitted (``export/conformal.py``).
-Of n + 1 rows that are alike, the new one's score is no greater than the k-th least of the others'
-with a probability of at least k / (n + 1); so with k = ceil((n + 1) coverage) the answers whose
-score is no greater hold the truth with at least that probability, over rows and not for each row,
-whatever the model. Rows of another kind than the held-out ones have no such promise.
+The bundle has the scores of n held-out rows that nothing was fitted to (``export/conformal.py``).
+A new row that is exchangeable with them has a score of at most the k-th smallest with a probability
+of at least k / (n + 1). So with k = ceil((n + 1) coverage), the set of answers with scores up to it
+contains the truth with at least that probability: on average over rows, for any model. There is
+no such guarantee for rows of another distribution than the held-out ones.
 
 References
 ----------

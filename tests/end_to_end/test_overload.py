@@ -248,3 +248,28 @@ def test_many_bodies_at_once_take_no_more_memory_than_a_few(
         assert memory(client, "VmHWM") < before + 11 * most
         # All of it is released.
         assert client.post("/predict", json=body).status_code == 200
+
+
+def test_a_request_on_a_connection_beyond_the_limit_holds_no_place_in_the_queue(
+    built: Path, examples: Examples
+) -> None:
+    body = {"model": "digits", "inputs": examples("digits")[:1]}
+    request = overload.post("/predict", body)
+    limits = {"DROPSERVE_MAX_CONNECTIONS": "2", "DROPSERVE_QUEUE_ROWS": "2"}
+    with service(built / "models", **limits) as client:
+        address = "127.0.0.1", client.base_url.port or 80
+        with (
+            socket.create_connection(address, timeout=10),
+            socket.create_connection(address, timeout=10),
+        ):
+            for _ in range(3):
+                with socket.create_connection(address, timeout=10) as crowding:
+                    crowding.sendall(request)
+                    response = b"".join(iter(partial(crowding.recv, 65536), b""))
+                assert response.startswith(b"HTTP/1.1 503 ")
+                assert b"too many connections are open" in response
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
+        counted = client.get("/metrics").text
+        assert "dropserve_queue_rows 0.0" in counted
+        assert 'dropserve_rejected_total{reason="connections"} 3.0' in counted
+        assert client.post("/predict", json=body).status_code == 200

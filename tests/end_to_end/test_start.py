@@ -30,19 +30,19 @@ from pathlib import Path
 import dropserve.__main__
 from dropserve.app.cli import keys, serve
 from dropserve.app.inference.registry import load_engines
-from dropserve.app.inference.query import Query
+from dropserve.app.inference.query import PredictQuery, Query
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.settings import Settings
 from dropserve.app.processes.worker import Worker
 
 worker = Worker(Settings(models=Path(sys.argv[1])), load_engines(Path(sys.argv[1]), "cpu"))
-worker.application.openapi()
+worker.application.rest.openapi()
 service = worker.service
 query = Query([[0.0] * 64], "digits", None, passes=10, seed=1, interval=0.5)
 
 async def ask():
     record = RequestRecord()
-    prediction = await service.predict([[0.0] * 64], "digits", None, record)
+    prediction = await service.predict(PredictQuery([[0.0] * 64], "digits"), record)
     print(prediction["model"], (await service.debug(query, record))["passes"])
 
 asyncio.run(ask())

@@ -2,7 +2,7 @@
 
 A request is JSON. With Triton's binary tensor data extension the JSON is a header, and the tensors
 with a ``binary_data_size`` follow it as raw little-endian bytes, in order. Responses have the same
-form. Neither the tensors of a model nor HTTP are known here.
+form. The tensors of a model are not known here.
 
 References
 ----------

@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
-from dropserve.app.errors import InputError
-from dropserve.app.http.messages import JSON, Headers, Request, Response
+from dropserve.app.errors import InputError, UnknownModel
+from dropserve.app.http.bodies import JSON, Headers, Request, Response
 from dropserve.app.http.schemas import TensorDescription, UncertaintyRequest
 from dropserve.app.http.v2 import codec
 from dropserve.app.http.v2.codec import InferRequest, WantedOutput
-from dropserve.app.inference.query import Query
-from dropserve.app.inference.registry import parse_version
+from dropserve.app.inference.query import PredictQuery, Query
 from dropserve.app.inference.rows import Rows
 from dropserve.app.inference.runner import ModelRunner
 from dropserve.app.inference.service import Service
@@ -57,10 +56,24 @@ class Asked(NamedTuple):
     content: InferRequest
 
 
+def parse_version(text: str) -> int:
+    """Parse the number of a version in a path; raise UnknownModel if it is not one."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UnknownModel(f"no version {text[:20]!r}: versions are whole numbers")
+    return int(text)
+
+
 def parse_target(name: str, version: str | None) -> Target:
     """Parse a model's name and version in a path."""
     number = None if version is None else parse_version(version)
     return Target(name.removesuffix(MC), number, name.endswith(MC))
+
+
+class Answered(NamedTuple):
+    """An answer: its fields besides the outputs; and the outputs, in binary form or not."""
+
+    head: dict[str, object]
+    outputs: list[tuple[str, Column, bool]]
 
 
 class Infer:
@@ -78,7 +91,7 @@ class Infer:
         content = codec.parse_request(request.body, parse_header_length(request.headers))
         return Asked(found[1], target, runner, content)
 
-    async def answer(self, asked: Asked, record: RequestRecord) -> Response:
+    async def answer(self, asked: Asked, record: RequestRecord) -> Answered:
         """Answer a request."""
         name, target, runner, request = asked
         x = rows_of(runner, request)
@@ -88,28 +101,30 @@ class Infer:
         if request.id is not None:
             head["id"] = request.id
         if target.mc:
-            query = parse_query(request, x, runner)
-            answer = await self.service.uncertainty(query, record)
+            mc_query = parse_query(request, x, runner)
+            answer = await self.service.uncertainty(mc_query, record)
             told = (
-                ["passes", "seed"] if query.tolerance is None else ["passes", "seed", "converged"]
+                ["passes", "seed"]
+                if mc_query.tolerance is None
+                else ["passes", "seed", "converged"]
             )
             head["parameters"] = {name: answer[name] for name in told}
         else:
             if request.parameters:
                 raise InputError("parameters", f"none are allowed but for {target.name}{MC}")
-            answer = await self.service.predict(x, manifest.name, manifest.version, record)
+            query = PredictQuery(x, manifest.name, manifest.version)
+            answer = await self.service.predict(query, record)
         columns = [(each.name, as_column(answer[each.name]), each.binary) for each in outputs]
-        content, length = codec.write_response(head, columns)
-        if length is None:
-            return Response(200, content, [(b"content-type", JSON)])
-        return Response(
-            200,
-            content,
-            [
-                (b"content-type", b"application/octet-stream"),
-                (HEADER_LENGTH, str(length).encode()),
-            ],
-        )
+        return Answered(head, columns)
+
+
+def write(answered: Answered) -> Response:
+    """Write an answer."""
+    content, length = codec.write_response(answered.head, answered.outputs)
+    if length is None:
+        return Response(200, content, [(b"content-type", JSON)])
+    header_length = (HEADER_LENGTH, str(length).encode())
+    return Response(200, content, [(b"content-type", b"application/octet-stream"), header_length])
 
 
 def parse_header_length(headers: Headers) -> int | None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.params import Depends as Dependency
 
 from dropserve.app.errors import InputError, LoadError
-from dropserve.app.http.messages import JSON, Parsed, parse_json, read_body
+from dropserve.app.http.bodies import JSON, Parsed, parse_json, read_body
 from dropserve.app.http.schemas import IndexRequest, LoadRequest, VersionState
 from dropserve.app.inference.registry import Registry
 

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol tells about the server and its models.
+"""Metadata routes of the Open Inference Protocol: server, models, readiness.
 
 References
 ----------

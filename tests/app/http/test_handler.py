@@ -3,16 +3,16 @@
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dropserve.app.http import app
+from dropserve.app.http.bodies import Response
 from dropserve.app.http.context import Context
 from dropserve.app.http.handler import Application, Endpoint
-from dropserve.app.http.messages import Request, Response
 from dropserve.app.inference.admission import Admission
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.inference.service import Service
@@ -63,11 +63,23 @@ def application(built: Path, context: Context) -> Iterator[Application]:
     service.close()
 
 
-def handled(endpoint: Endpoint[Any], path: str, document: object) -> tuple[Response, RequestRecord]:
+def respond(
+    endpoint: Endpoint[Any, Any], path: str, body: bytes, record: RequestRecord
+) -> Coroutine[Any, Any, Response]:
+    """Have an endpoint respond to a request that has arrived, from a client that stays."""
+
+    async def read() -> bytes:
+        return body
+
+    return endpoint.respond(path, JSON, read, lambda work: work, record)
+
+
+def handled(
+    endpoint: Endpoint[Any, Any], path: str, document: object
+) -> tuple[Response, RequestRecord]:
     """Handle a request on an event loop of its own."""
     record = RequestRecord("POST", path, "an-id")
-    request = Request(path, JSON, json.dumps(document).encode())
-    return asyncio.run(endpoint.handle(request, record)), record
+    return asyncio.run(respond(endpoint, path, json.dumps(document).encode(), record)), record
 
 
 def test_the_bytes_of_a_request_become_those_of_its_response(
@@ -76,6 +88,7 @@ def test_the_bytes_of_a_request_become_those_of_its_response(
     body = {"model": "digits", "inputs": examples("digits")[:2]}
     response, record = handled(application.endpoints["/predict"], "/predict", body)
     assert response.status == record.status == 200
+    assert (b"x-request-id", b"an-id") in response.headers
     answer = json.loads(response.content)
     assert (answer["model"], answer["version"], len(answer["labels"])) == ("digits", 1, 2)
     assert [len(row) for row in answer["probabilities"]] == [10, 10]
@@ -89,13 +102,12 @@ def test_while_requests_come_one_at_a_time_each_is_handled_without_a_turn_of_the
     body = json.dumps({"model": "digits", "inputs": examples("digits")[:1]}).encode()
 
     async def main() -> Response:
-        request = Request("/predict", JSON, body)
         for _ in range(2):
-            await endpoint.handle(request, RequestRecord())
+            await respond(endpoint, "/predict", body, RequestRecord())
             await asyncio.sleep(0)
         # Driven by hand, as a parser's callback would, with no task.
         with pytest.raises(StopIteration) as done:
-            endpoint.handle(request, RequestRecord()).send(None)
+            respond(endpoint, "/predict", body, RequestRecord()).send(None)
         response: Response = done.value.value
         return response
 
@@ -133,6 +145,7 @@ def test_a_fault_of_the_service_is_logged_and_tells_the_client_nothing(
         "predict",
         lambda request: None,
         answer,
+        lambda response: response,
         context=context,
         admission=Admission(1),
         max_body_bytes=1,

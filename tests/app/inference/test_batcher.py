@@ -18,11 +18,11 @@ SHORT, LONG = Pace(0, 0), Pace(1, 0)
 
 @contextmanager
 def thread() -> Iterator[Executor]:
-    turns = Executor()
+    executor = Executor()
     try:
-        yield turns
+        yield executor
     finally:
-        turns.close()
+        executor.close()
 
 
 def call(seconds: float = 60) -> RequestRecord:
@@ -48,8 +48,8 @@ def answers(doubler: Doubler, pace: Pace, jobs: Sequence[int], most: int = 100) 
     """Submit jobs of size 1 at once."""
 
     async def main() -> list[object]:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, pace, most, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, pace, most, executor)
             submitted = (batcher.submit(job, 1, call()) for job in jobs)
             return list(await asyncio.gather(*submitted, return_exceptions=True))
 
@@ -76,8 +76,8 @@ def test_while_jobs_come_one_at_a_time_each_is_run_at_once_and_those_beside_it_s
     doubler = Doubler()
 
     async def main() -> None:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, SHORT, 100, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, SHORT, 100, executor)
             assert await batcher.submit(1, 1, call()) == 2
             # No turn of the loop passes before the result is there.
             with pytest.raises(StopIteration, match="4"):
@@ -99,8 +99,8 @@ def test_what_two_turns_of_the_loop_bring_is_one_run() -> None:
     doubler = Doubler()
 
     async def main() -> list[int]:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, SHORT, 100, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, SHORT, 100, executor)
             first = asyncio.create_task(batcher.submit(1, 1, call()))
             await asyncio.sleep(0)
             # Read only now, as the next request that waits at the socket.
@@ -119,8 +119,8 @@ def test_jobs_that_keep_coming_in_pairs_share_their_runs() -> None:
             assert await batcher.submit(job, 1, call()) == 2 * job
 
     async def main() -> None:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, SHORT, 100, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, SHORT, 100, executor)
             await batcher.submit(9, 1, call())
             await asyncio.sleep(0)
             await asyncio.gather(client(batcher, [1, 3, 5]), client(batcher, [2, 4, 6]))
@@ -134,8 +134,8 @@ def test_a_long_run_is_made_in_the_worker_also_where_jobs_come_one_at_a_time() -
     doubler = Doubler()
 
     async def main() -> None:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, LONG, 100, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, LONG, 100, executor)
             for job in (1, 2, 3):
                 assert await batcher.submit(job, 1, call()) == 2 * job
                 await asyncio.sleep(0)
@@ -186,8 +186,8 @@ def answers_of_late_ones(
         return doubler.run(jobs)
 
     async def main() -> list[int]:
-        with thread() as turns:
-            batcher: Batcher[int, int] = Batcher(run, LONG, 100, turns)
+        with thread() as executor:
+            batcher: Batcher[int, int] = Batcher(run, LONG, 100, executor)
             tasks = {job: asyncio.create_task(batcher.submit(job, 1, call())) for job in first}
             assert await asyncio.to_thread(started.wait, 10)
             tasks |= {job: asyncio.create_task(batcher.submit(job, 1, call())) for job in late}
@@ -294,8 +294,8 @@ def test_a_job_whose_time_is_up_before_its_run_is_left_out_of_it() -> None:
     doubler = Doubler()
 
     async def main() -> list[object]:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, SHORT, 100, turns)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, SHORT, 100, executor)
             late, punctual = (
                 RequestRecord("POST", "test", "late", 0.01),
                 RequestRecord("POST", "test", "punctual", 60),
@@ -323,11 +323,11 @@ def test_a_call_knows_how_long_it_has_waited_and_how_long_its_run_took() -> None
         return jobs
 
     async def main() -> float:
-        with thread() as turns:
+        with thread() as executor:
             go_on = threading.Event()
-            turns.submit(lambda: go_on.wait(10), long=True)
+            executor.submit(lambda: go_on.wait(10), long=True)
             began = time.monotonic()
-            waits = asyncio.create_task(Batcher(run, LONG, 100, turns).submit(1, 1, asked))
+            waits = asyncio.create_task(Batcher(run, LONG, 100, executor).submit(1, 1, asked))
             await asyncio.sleep(0)
             time.sleep(0.05)
             go_on.set()
@@ -344,8 +344,8 @@ def test_pieces_of_long_work_are_made_in_the_thread_however_short_they_are() -> 
     doubler = Doubler()
 
     async def main() -> int:
-        with thread() as turns:
-            batcher = Batcher(doubler.run, SHORT, 100, turns, pieces=True)
+        with thread() as executor:
+            batcher = Batcher(doubler.run, SHORT, 100, executor, pieces=True)
             return await batcher.submit(1, 1, call())
 
     assert asyncio.run(main()) == 2

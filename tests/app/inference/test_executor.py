@@ -13,14 +13,14 @@ def order(short: int, long: int) -> str:
     made: list[str] = []
 
     async def main() -> None:
-        turns = Executor()
+        executor = Executor()
         go_on = threading.Event()
-        first = turns.submit(lambda: go_on.wait(10), long=True)
-        waiting = [turns.submit(lambda: made.append("l"), long=True) for _ in range(long)]
-        waiting += [turns.submit(lambda: made.append("s"), long=False) for _ in range(short)]
+        first = executor.submit(lambda: go_on.wait(10), long=True)
+        waiting = [executor.submit(lambda: made.append("l"), long=True) for _ in range(long)]
+        waiting += [executor.submit(lambda: made.append("s"), long=False) for _ in range(short)]
         go_on.set()
         await asyncio.gather(first, *waiting)
-        turns.close()
+        executor.close()
 
     asyncio.run(main())
     return "".join(made)
@@ -39,15 +39,15 @@ def test_what_is_cancelled_before_its_turn_is_not_begun() -> None:
     made: list[int] = []
 
     async def main() -> None:
-        turns = Executor()
+        executor = Executor()
         go_on = threading.Event()
-        first = turns.submit(lambda: go_on.wait(10), long=False)
-        second = turns.submit(lambda: made.append(2), long=False)
-        third = turns.submit(lambda: made.append(3), long=False)
+        first = executor.submit(lambda: go_on.wait(10), long=False)
+        second = executor.submit(lambda: made.append(2), long=False)
+        third = executor.submit(lambda: made.append(3), long=False)
         second.cancel()
         go_on.set()
         await asyncio.gather(first, third)
-        turns.close()
+        executor.close()
 
     asyncio.run(main())
     assert made == [3]
@@ -58,12 +58,12 @@ def test_what_work_meets_is_raised_where_it_is_waited_for_and_the_next_goes_on()
         raise ZeroDivisionError
 
     async def main() -> int:
-        turns = Executor()
+        executor = Executor()
         with pytest.raises(ZeroDivisionError):
-            await turns.submit(fail, long=True)
+            await executor.submit(fail, long=True)
         try:
-            return await turns.submit(lambda: 3, long=True)
+            return await executor.submit(lambda: 3, long=True)
         finally:
-            turns.close()
+            executor.close()
 
     assert asyncio.run(main()) == 3

@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dropserve.app.errors import InputError
-from dropserve.app.inference.rows import rows_from_lists
+from dropserve.app.inference.rows import Rows, check_count, read_rows
 
 SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4)
+
+
+def rows_of(inputs: list[object], shape: tuple[int, ...], max_rows: int) -> Rows:
+    """Check and read the rows of a request, as the service does."""
+    check_count(inputs, max_rows)
+    return read_rows(inputs, shape)
+
+
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 
 
@@ -26,13 +34,13 @@ def test_rows_come_out_as_they_went_in_nested_or_flat(
     nested = orjson.loads(orjson.dumps(x.tolist()))
     flat = orjson.loads(orjson.dumps(x.reshape(count, -1).tolist()))
     for lists in (nested, flat):
-        rows = rows_from_lists(lists, shape, max_rows=4)
+        rows = rows_of(lists, shape, max_rows=4)
         assert rows.dtype == np.float32
         assert np.array_equal(rows, x)
 
 
 def test_whole_numbers_are_numbers() -> None:
-    assert rows_from_lists([[1, 2**64 - 1]], (2,), 1).tolist() == [[1.0, 2.0**64]]
+    assert read_rows([[1, 2**64 - 1]], (2,)).tolist() == [[1.0, 2.0**64]]
 
 
 BAD = [
@@ -59,7 +67,7 @@ def test_what_is_no_row_of_numbers_is_refused_where_it_stands(
     inputs: list[object], path: str, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        rows_from_lists(inputs, (2,), max_rows=3)
+        rows_of(inputs, (2,), max_rows=3)
     assert (caught.value.path, caught.value.message) == (path, message)
 
 
@@ -79,7 +87,7 @@ def test_what_is_no_image_is_refused_where_it_goes_astray(
     inputs: list[object], path: str, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        rows_from_lists(inputs, (2, 2), max_rows=3)
+        rows_of(inputs, (2, 2), max_rows=3)
     assert (caught.value.path, caught.value.message) == (path, message)
 
 
@@ -94,7 +102,7 @@ JSON = st.recursive(
 def test_anything_at_all_is_an_array_or_an_input_error(inputs: list[object]) -> None:
     rows = None
     with contextlib.suppress(InputError):
-        rows = rows_from_lists(inputs, (2,), max_rows=3)
+        rows = rows_of(inputs, (2,), max_rows=3)
     if rows is not None:
         assert rows.shape == (len(inputs), 2)
         assert np.isfinite(rows).all()

@@ -33,6 +33,10 @@ sys.exit(status)
 FEATURES = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
 
 
+# How usage errors begin.
+ERROR = "python -m dropserve.app score: error:"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_core() -> Iterator[None]:
     """Leave the other core to the other worker of a parallel run, which may measure time."""
@@ -371,20 +375,32 @@ def test_a_feature_that_is_missing_is_named_beside_those_that_are_needed(
         (["--model", "no"], 1, "error: no model 'no'; served are: diabetes, digits, double"),
         (["--version", "9"], 1, "error: no version 9 of model diabetes; served are: 1"),
         (["--models", "nowhere"], 1, "error: the models folder "),
-        (["--passes", "0"], 2, "python -m app score: error: argument --passes: '0' is no whole"),
+        (
+            ["--passes", "0"],
+            2,
+            f"{ERROR} argument --passes: '0' is no whole",
+        ),
         (
             ["--passes", "10001"],
             2,
-            "python -m app score: error: argument --passes: '10001' is no whole number from 1 to",
+            f"{ERROR} argument --passes: '10001' is no whole number from 1 to",
         ),
-        (["--seed", "-1"], 2, "python -m app score: error: argument --seed: '-1' is no whole"),
-        (["--interval", "1"], 2, "python -m app score: error: argument --interval: '1' is no"),
+        (
+            ["--seed", "-1"],
+            2,
+            f"{ERROR} argument --seed: '-1' is no whole",
+        ),
+        (
+            ["--interval", "1"],
+            2,
+            f"{ERROR} argument --interval: '1' is no",
+        ),
         (
             ["--device", "tpu"],
             2,
-            "python -m app score: error: argument --device: 'tpu' is not one of",
+            f"{ERROR} argument --device: 'tpu' is not one of",
         ),
-        (["more"], 2, "python -m app score: error: unrecognized arguments: more"),
+        (["more"], 2, f"{ERROR} unrecognized arguments: more"),
     ],
 )
 def test_an_option_that_is_not_allowed_is_one_line(

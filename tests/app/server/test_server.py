@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 
 from dropserve.app.http import problems
-from dropserve.app.http.messages import PAUSE, Response, with_id
+from dropserve.app.http.bodies import PAUSE, Response, complete
 from dropserve.app.server.connection import CROWD, Limits, connection_class, readable
 from dropserve.app.server.server import GRACE_SECONDS, Server
 
@@ -93,9 +93,9 @@ class Toy:
     async def crowded(self, scope: Message, receive: Any, send: Any) -> None:
         await answer(send, 200 if scope["path"] == "/health" else 503, b"crowded")
 
-    def malformed(self, status: HTTPStatus, detail: str, *, has_record: bool) -> Response:
+    def malformed(self, status: HTTPStatus, detail: str, scope: Message | None) -> Response:
         request_id = uuid.uuid4().hex
-        return with_id(problems.write(problems.Problem(status, detail), request_id), request_id)
+        return complete(problems.write(problems.Problem(status, detail), request_id), request_id)
 
     def drain(self) -> None:
         self.draining = True
@@ -679,6 +679,19 @@ def test_a_response_that_exceeds_the_drain_limit_is_cancelled() -> None:
         rest(client)
         assert "timeout graceful shutdown exceeded" in server.ended()
         assert 0.3 < server.returned - begun < 0.3 + SOON_SECONDS
+
+
+def test_a_response_that_its_client_does_not_read_is_dropped_at_the_drain_limit() -> None:
+    large = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % 2**24 + bytes(2**24)
+    with running(drain_seconds=0.3) as server, server.connect() as client:
+        # The first response fills all buffers, so the second waits for them.
+        client.sendall(large + SLOW)
+        assert server.line() == "begun"
+        time.sleep(2 * SLOW_SECONDS)
+        server.stop()
+        log = server.ended()
+    assert "timeout graceful shutdown exceeded" in log
+    assert "Traceback" not in log
 
 
 @pytest.mark.quiet

@@ -1,4 +1,4 @@
-"""HTTP messages as bytes: read a body of bounded length, parse it, write an answer."""
+"""Request and response bodies: read one of bounded length, parse it, write an answer."""
 
 from collections.abc import Callable, KeysView, Mapping
 from functools import cache
@@ -25,6 +25,7 @@ PAUSE = "dropserve.pause"
 
 Headers = Mapping[bytes, bytes]
 Parsed = TypeVar("Parsed", bound=BaseModel)
+Asked = TypeVar("Asked")
 
 
 class Request(NamedTuple):
@@ -36,7 +37,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response, but for the headers that ``with_id`` adds."""
+    """A response, without the headers that ``complete`` adds."""
 
     status: int
     content: bytes
@@ -151,10 +152,15 @@ def too_long(max_bytes: int) -> HTTPException:
     )
 
 
-def json_response(answer: Mapping[str, object], status: int = 200) -> Response:
+def parse_query(schema: type[Parsed], query: Callable[[Parsed], Asked], request: Request) -> Asked:
+    """Parse the JSON body of a request, and return the query that it holds."""
+    return query(parse_json(request.headers, request.body, schema))
+
+
+def json_response(answer: Mapping[str, object]) -> Response:
     """Write an answer, which may hold arrays, as JSON."""
     content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(status, content, [(b"content-type", JSON)])
+    return Response(200, content, [(b"content-type", JSON)])
 
 
 def starlette_response(answer: Mapping[str, object], status: int = 200) -> StarletteResponse:
@@ -162,16 +168,16 @@ def starlette_response(answer: Mapping[str, object], status: int = 200) -> Starl
     return StarletteResponse(json_response(answer).content, status, media_type=JSON.decode())
 
 
-def with_id(response: Response, request_id: str) -> Response:
-    """Add the headers that every response has."""
+def complete(response: Response, request_id: str) -> Response:
+    """Add the headers that every response has: its length and the id of the request."""
     status, content, headers = response
     length = (b"content-length", str(len(content)).encode())
     named = (b"x-request-id", request_id.encode())
     return Response(status, content, [*headers, length, named])
 
 
-async def send_response(send: Send, response: Response, request_id: str) -> None:
-    """Send a response through ASGI."""
-    status, content, headers = with_id(response, request_id)
+async def send_response(send: Send, response: Response) -> None:
+    """Send a complete response through ASGI."""
+    status, content, headers = response
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
