@@ -132,7 +132,7 @@ def find_fault(graph: bytes) -> str | None:
         else:  # 3 and 4, groups, are not in ONNX; 6 and 7 are not in protobuf
             raise Malformed(f"wire type {wire_type} at byte {start}")
         if after > end:
-            raise Malformed(f"the field at byte {start} ends after what it is in")
+            raise Malformed(f"the field at byte {start} extends beyond its enclosing message")
 
         inner = LEADS[message].get(field)
         is_domain = DOMAINS.get(message) == field

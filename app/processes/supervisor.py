@@ -53,7 +53,7 @@ class Keep(NamedTuple):
     fold: Callable[[object, object], object]  # (result of earlier folds or None, answer) -> both
 
 
-class Worker:
+class WorkerProcess:
     """A worker process, as the parent sees it.
 
     Parameters
@@ -70,7 +70,7 @@ class Worker:
         self,
         process: SpawnProcess,
         link: socket.socket,
-        handle: Callable[["Worker", object], Awaitable[object]],
+        handle: Callable[["WorkerProcess", object], Awaitable[object]],
     ) -> None:
         self.process = process
         # Log lines may need it after the process object is closed.
@@ -133,7 +133,7 @@ class Supervisor:
     keep: Keep
     stop_seconds: float
     answer_seconds: float
-    workers: list[Worker] = field(default_factory=list)
+    workers: list[WorkerProcess] = field(default_factory=list)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 0
     served: bool = False  # whether any worker has ever served
@@ -184,7 +184,7 @@ class Supervisor:
             await self.change(None, self.on_hangup)
         # No caller waits for this, so the log is the only place for any exception.
         except Exception as error:
-            log.error("a worker cannot do what SIGHUP asks: %s", error)
+            log.error("the reload after SIGHUP failed: %s", error)
 
     async def fill(self) -> None:
         """Keep one worker running: when it dies, start another in its place."""
@@ -194,7 +194,7 @@ class Supervisor:
                 await self.end(worker)
             await self.pause()
 
-    async def start(self) -> Worker | None:
+    async def start(self) -> WorkerProcess | None:
         """Start a worker, or log why that fails."""
         # During a change it would be given the state before, and miss the request to change.
         async with self.changing:
@@ -207,7 +207,7 @@ class Supervisor:
                 log.error("a worker cannot be started: %s", error)
                 return None
 
-    def spawn(self) -> Worker:
+    def spawn(self) -> WorkerProcess:
         """Start a worker that serves the same as the others."""
         ours, theirs = socket.socketpair()
         start = Start(theirs, self.state)
@@ -225,11 +225,11 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             # The worker's end is noticed here only if its copy of the socket is the last one.
             theirs.close()
-        worker = Worker(process, ours, self.answer)
+        worker = WorkerProcess(process, ours, self.answer)
         self.workers.append(worker)
         return worker
 
-    async def end(self, worker: Worker) -> None:
+    async def end(self, worker: WorkerProcess) -> None:
         """Wait for the end of a worker; keep its counts, or stop all if none can start."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
@@ -272,7 +272,7 @@ class Supervisor:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), self.replaced - now)
 
-    async def answer(self, worker: Worker, content: object) -> object:
+    async def answer(self, worker: WorkerProcess, content: object) -> object:
         """Answer a request of a worker."""
         match content:
             case Broadcast(request, answer):
@@ -285,7 +285,7 @@ class Supervisor:
                     self.state = state
         return None
 
-    async def ask_others(self, asker: Worker, request: object, answer: object) -> Replies:
+    async def ask_others(self, asker: WorkerProcess, request: object, answer: object) -> Replies:
         """Put a request to all workers but the asking one, which has answered it itself.
 
         To a worker that is still starting, the request waits. Raises as ``ask_all`` does.
@@ -297,7 +297,7 @@ class Supervisor:
         living = [answer for worker, answer in answers.items() if worker in self.workers]
         return Replies(living, self.gone, self.deaths)
 
-    async def change(self, asker: Worker | None, request: object) -> None:
+    async def change(self, asker: WorkerProcess | None, request: object) -> None:
         """Have all workers change the served state, the asking one first.
 
         An exception of the asking worker is raised, and the others are not asked; otherwise raises
@@ -311,15 +311,17 @@ class Supervisor:
             if not asker:
                 self.state = next(iter(states.values()), self.state)
 
-    async def ask_all(self, workers: list[Worker], request: object) -> dict[Worker, object]:
+    async def ask_all(
+        self, workers: list[WorkerProcess], request: object
+    ) -> dict[WorkerProcess, object]:
         """Put a request to some workers; return the answers, by worker.
 
         A worker that does not answer is logged and left out. If one raises an exception, it is
         raised here once all have answered.
         """
-        answers: dict[Worker, object] = {}
+        answers: dict[WorkerProcess, object] = {}
 
-        async def ask(worker: Worker) -> None:
+        async def ask(worker: WorkerProcess) -> None:
             try:
                 answers[worker] = await worker.channel.request(request, self.answer_seconds)
             except Unanswered as error:
@@ -333,7 +335,7 @@ class Supervisor:
                 raise outcome
         return answers
 
-    def note(self, worker: Worker, answer: object) -> None:
+    def note(self, worker: WorkerProcess, answer: object) -> None:
         """Remember an answer in case its worker dies."""
         if self.keep.kept(answer):
             worker.last = answer

@@ -118,6 +118,4 @@ def to_float32(manifest: Manifest, *arrays: Statistic) -> list[NDArray[np.float3
 
 def overflow(manifest: Manifest) -> InputError:
     """Return the error of a request whose answer would hold infinity or NaN."""
-    return InputError(
-        "inputs", f"values so large that what they lead to is beyond {manifest.precision}"
-    )
+    return InputError("inputs", f"values so large that the result is beyond {manifest.precision}")

@@ -177,6 +177,27 @@ def test_each_request_is_a_line_in_the_log_with_its_times(
     assert log[another]["route"] == "/health/live"
 
 
+def test_a_body_that_is_not_valid_http_is_logged_with_the_id_and_status_of_its_response(
+    built: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    head = (
+        b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"x-request-id: broken\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    with service(built / "models") as client:
+        address = "127.0.0.1", client.base_url.port or 80
+        with socket.create_connection(address, timeout=10) as sent:
+            sent.sendall(head + b"1\r\n{\r\n")
+            # The endpoint has the head by the time that another connection has a response.
+            assert client.get("/health/live").status_code == 200
+            sent.sendall(b"no length\r\n")
+            response = b"".join(iter(lambda: sent.recv(65536), b""))
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: broken" in response
+    lines = [each for each in events(capfd.readouterr().out) if each.get("request_id") == "broken"]
+    assert [(each["route"], each["status"]) for each in lines] == [("/predict", 400)]
+
+
 NO_TRACES = [
     "",
     "00",

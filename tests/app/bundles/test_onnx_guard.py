@@ -391,12 +391,18 @@ def test_depth_is_bounded_as_protobuf_bounds_it() -> None:
         (b"\x00\x00", "no field at byte 0"),
         (b"\x08", "no number at byte 1"),
         (b"\x08" + b"\xff" * 10 + b"\x00", "no number at byte 1"),
-        (b"\x3a\x01", "the field at byte 0 ends after what it is in"),
+        (b"\x3a\x01", "the field at byte 0 extends beyond its enclosing message"),
         # A node longer than its graph.
-        (b"\x3a\x02\x0a\x7f" + bytes(200), "the field at byte 2 ends after what it is in"),
-        (b"\x3a" + b"\xff" * 9 + b"\x01", "the field at byte 0 ends after what it is in"),
-        (b"\x09" + bytes(7), "the field at byte 0 ends after what it is in"),
-        (b"\x0d" + bytes(3), "the field at byte 0 ends after what it is in"),
+        (
+            b"\x3a\x02\x0a\x7f" + bytes(200),
+            "the field at byte 2 extends beyond its enclosing message",
+        ),
+        (
+            b"\x3a" + b"\xff" * 9 + b"\x01",
+            "the field at byte 0 extends beyond its enclosing message",
+        ),
+        (b"\x09" + bytes(7), "the field at byte 0 extends beyond its enclosing message"),
+        (b"\x0d" + bytes(3), "the field at byte 0 extends beyond its enclosing message"),
         (b"\x3b\x3c", "wire type 3 at byte 0"),
         # The graph as a number.
         (b"\x38\x00", "wire type 0 at byte 0"),
