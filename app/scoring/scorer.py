@@ -48,7 +48,7 @@ class Task:
     passes: int
     seed: int
     interval: float
-    masks: Kind = "independent"
+    masks: Kind = Query.masks
 
 
 class Scorer:
