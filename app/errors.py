@@ -11,7 +11,7 @@ class InputError(Exception):
     Parameters
     ----------
     path
-        Where in the body, like ``inputs.0.3``.
+        The place in the body, such as ``inputs.0.3``.
     message
         What is wrong there, and what is allowed.
     """

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     @field_validator("api_keys_file", mode="before")
     @classmethod
     def none_if_empty(cls, value: object) -> object:
-        """Take an empty variable as unset, as compose files write it."""
+        """Treat an empty variable as unset; compose files write unset ones that way."""
         return None if value == "" else value
 
     def origins(self) -> tuple[str, ...]:

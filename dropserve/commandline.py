@@ -1,4 +1,4 @@
-"""The table of commands, how one is started, and the format of usage errors."""
+"""The table of commands, how to start one, and the format of usage errors."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -118,6 +118,6 @@ def start(name: str, prog: str, arguments: Sequence[str]) -> int:
 def extra_with(package: str, command: Command) -> str:
     """Name the extra that installs a package for a command."""
     if package == "onnxruntime":
-        # Commands of several extras need it, and the machine decides which one fits.
+        # Commands of several extras need it; the machine decides which extra fits.
         return "one of the extras 'cpu', 'gpu' and 'cuda'"
     return f"the extra '{command.extra}'"

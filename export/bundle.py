@@ -336,7 +336,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises
     ------
     BundleError
-        If the path is a link, no regular file, larger, or cannot be read.
+        If the path is a link or not a regular file, or the file is larger or cannot be read.
     """
     try:
         # Check before opening: a link could lead out of the bundle, and opening a named pipe blocks

@@ -180,7 +180,7 @@ def from_onnx(path: Path) -> ir.Model:
     Raises
     ------
     ExportError
-        If the file is no ONNX graph with one input, one output and a named batch axis; or if a
+        If the file is not an ONNX graph with one input, one output and a named batch axis; or if a
         Dropout lies in a branch or loop, its mask is used, or its ratio is no constant in [0, 1).
     """
     try:
@@ -215,7 +215,7 @@ def mark_dropout(graph: ir.Graph, node: ir.Node) -> None:
         raise ExportError(f"{name}: the ratio of an ONNX Dropout must be a constant")
     else:
         value = ratio.const_value.numpy().reshape(-1)[0]
-    # By way of text, so that a float32 ratio of 0.3 becomes 0.3.
+    # Via text, so that a float32 ratio of 0.3 becomes 0.3.
     p = float(str(value))
     if not 0.0 <= p < 1.0:
         raise ExportError(f"{name}: p must be a number in [0, 1), not {p}")

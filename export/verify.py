@@ -13,7 +13,7 @@ The checks run in this order; the first failure raises ``VerificationError``:
    and a pass alone equals the same pass in a batch.
 6. Two seeds disagree, if any site drops units.
 
-The expectation gap (``dropserve.expectation``) is measured and reported, but fails nothing.
+The expectation gap (``dropserve.expectation``) is measured and reported, but fails no check.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

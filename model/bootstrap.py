@@ -1,7 +1,7 @@
 """Confidence intervals of metrics, by the bootstrap over rows.
 
-A statistic is a function of weights ``[R, B]``, the number of times that each of B rows was drawn
-in each of R resamples, and returns its value in each resample, ``[R]``. With weights of 1 it
+A statistic is a function. It takes weights ``[R, B]``, the number of times that each of B rows was
+drawn in each of R resamples, and returns its value in each resample, ``[R]``. With weights of 1 it
 returns the metric itself. So a thousand resamples of a mean are one matrix product.
 
 References

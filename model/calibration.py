@@ -30,7 +30,7 @@ BOUNDS = (-4.0, 4.0)  # of log T
 def fit_temperature(y: NDArray[np.int64], *outputs: Floats) -> float:
     """Return the temperature T > 0 that fits the true classes ``y [B]`` best.
 
-    It minimises ``NLL(T) + (log T)^2 / (2 B PRIOR_STD^2)``: the mean over ``outputs`` of the NLL of
+    It minimizes ``NLL(T) + (log T)^2 / (2 B PRIOR_STD^2)``: the mean over ``outputs`` of the NLL of
     logits / T (Guo et al. 2017, eq. 9), plus a normal prior of log T around 0. Each of ``outputs``
     holds logits, ``[B, C]`` of eval mode or ``[T, B, C]`` of passes (Laves et al. 2019).
 

@@ -198,7 +198,7 @@ def load(directory: Path) -> Checkpoint:
         )
         model = Model(config)
         model.load_state_dict(load_file(directory / "weights.safetensors"))
-        # Opened here, because numpy does not close a file of its own that turns out to be no NPZ.
+        # Opened here, because numpy does not close a file of its own that turns out not to be NPZ.
         with (
             (directory / "holdout.npz").open("rb") as raw,
             np.load(raw, allow_pickle=False) as file,

@@ -205,7 +205,7 @@ def filled(path: Path, row: int, column: str, cell: str) -> str:
 
 
 def number(path: Path, row: int, column: str, cell: str) -> float:
-    """Return the number in a cell; raise DataError if it is none or beyond float32."""
+    """Return the number in a cell; raise DataError if it holds none, or one beyond float32."""
     text = filled(path, row, column, cell)
     try:
         value = float(text)
@@ -229,7 +229,7 @@ def csv_task(texts: Sequence[str]) -> Task:
 def classes(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Return the labels, in numeric or alphabetic order, and the class ``[B]`` of each row.
 
-    Two spellings of a number, such as 1 and 1.0, are one class, labelled with the alphabetically
+    Two spellings of a number, such as 1 and 1.0, are one class, labeled with the alphabetically
     first.
     """
     spellings = sorted(set(texts))
@@ -253,7 +253,7 @@ def load_npz(path: Path, target: str | None, task: Task | None) -> Dataset:
         raise DataError(f"{path}: --target is for CSV files; an NPZ file's target is its array y")
     try:
         # No pickle, since it could run code. Opened here, because numpy does not close a file of
-        # its own that turns out to be no NPZ.
+        # its own that turns out not to be an NPZ file.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = {"x", "y"} - set(file.files)
             if missing:

@@ -117,7 +117,7 @@ def mask_shape(unit_shape: tuple[int, ...], channels: bool) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If ``channels`` and no axis follows that of the channels.
+        If ``channels`` is set and no axis follows the channel axis.
     """
     if not channels:
         return unit_shape

@@ -186,7 +186,7 @@ def central_level(samples: Floats, y: Floats, noise_std: Floats) -> Floats:
 
 
 def fit_noise(samples: Floats, y: Floats, shape: Floats | None = None) -> Floats:
-    """Return the observation noise std ``[C]`` that maximises the likelihood of ``y [B, C]``.
+    """Return the observation noise std ``[C]`` that maximizes the likelihood of ``y [B, C]``.
 
     With a noise std ``shape [T, B, C]``, return the factor ``[C]`` that scales it best.
     """

@@ -43,7 +43,7 @@ class NetworkConfig:
 
 
 class Model(nn.Module):
-    """Standardise raw features, drop some of them with ``input_p``, then run the network.
+    """Standardize raw features, drop some of them with ``input_p``, then run the network.
 
     Shape
     -----
@@ -74,11 +74,11 @@ class Model(nn.Module):
         self.network = build_network(replace(config, outputs=width))
 
     def learn_input_scale(self, x: Tensor) -> None:
-        """Set the mean and standard deviation for standardisation to those of ``x [B, ...]``."""
+        """Set the mean and standard deviation for standardization to those of ``x [B, ...]``."""
         columns = x.reshape(-1, 1) if self.is_image else x
         std = columns.std(0, correction=0)
         self.mean.copy_(columns.mean(0))
-        # A constant column is only centred.
+        # A constant column is only centered.
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ def build_network(config: NetworkConfig) -> Mlp | ConvNet | Residual:
     Raises
     ------
     ValueError
-        If the network is ``convnet`` and the rows are no images.
+        If the network is ``convnet`` and the rows are not images.
     """
     networks: dict[NetworkName, type[Mlp | ConvNet | Residual]] = {
         "mlp": Mlp,

@@ -118,7 +118,7 @@ def draw_predictions(axes: Axes, predictions: Predictions, name: str) -> None:
     )
     span = [min(p.true), max(p.true)]
     axes.plot(span, span, color="grey", linestyle="--", label="perfect")
-    # A dollar sign in a target's name begins no formula.
+    # A dollar sign in a target's name must not begin a formula.
     axes.set_title(name, parse_math=False)
     axes.set(xlabel="true", ylabel=f"mean of {MOST}")
     axes.legend()

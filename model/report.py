@@ -210,7 +210,7 @@ def predictions_of(samples: Floats, y: Floats, noise_std: Floats) -> Predictions
 
 
 def thinned(risk: Floats) -> Curve:
-    """Return the curve of risk ``[B]`` against coverage, at most ``POINTS`` points, 1 the last."""
+    """Return risk ``[B]`` against coverage as a curve of at most ``POINTS`` points, up to 1."""
     covered = np.unique(np.linspace(1, len(risk), min(len(risk), POINTS)).round().astype(np.int64))
     return Curve(tuple((covered / len(risk)).tolist()), tuple(risk[covered - 1].tolist()))
 

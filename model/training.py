@@ -116,7 +116,7 @@ def fit(
 ) -> list[tuple[float, float]]:
     """Run the epochs and return the training and validation loss of each.
 
-    ``mean`` and ``std``, ``[C]``, standardise the targets of a regression; both are None for
+    ``mean`` and ``std``, ``[C]``, standardize the targets of a regression; both are None for
     classes. ``model`` ends in eval mode with the weights to keep.
     """
 

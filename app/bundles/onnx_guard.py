@@ -61,7 +61,8 @@ MAX_VARINT_BYTES = 10
 MAX_TAG = 2**32 - 1
 # Levels of nested messages, as in protobuf itself.
 MAX_DEPTH = 100
-# Bytes 4 to 8 of such a file. onnxruntime goes by them even if the file is valid protobuf too.
+# Bytes 4 to 8 of a file in onnxruntime's own format, which they mark even if the file is valid
+# protobuf, too.
 ORT_FORMAT = b"ORTM"
 
 
@@ -98,7 +99,7 @@ def check(file: str, graph: bytes) -> None:
 
 
 def find_fault(graph: bytes) -> str | None:
-    """Return how a serialized ModelProto reaches outside its own bytes; None: it does not.
+    """Return how a serialized ModelProto reaches outside its own bytes; None if it does not.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from dropserve.app.security.api_keys import NAME, Entry, KeysFile, Scope, digest
 from dropserve.commandline import OneLineParser
 
 FILE_VARIABLE = "DROPSERVE_API_KEYS_FILE"
-# Secret scanners recognise a leaked key by it.
+# Secret scanners recognize a leaked key by this prefix.
 PREFIX = "ds_"
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 

@@ -28,10 +28,10 @@ from dropserve.app.settings import Settings
 from dropserve.app.uncertainty.masks import KINDS
 from dropserve.commandline import OneLineParser
 
-# The default of the service: it bounds the memory of a row.
+# The service's default, which bounds the memory of a row.
 MAX_PASSES: int = Settings.model_fields["max_passes"].default
 DEVICES = ("auto", *get_args(Device))
-# Exit status after an interrupt, as shells have it.
+# Exit status after an interrupt, as in shells.
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -49,7 +49,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
         options.interval,
         options.masks,
     )
-    # As on Ctrl-C: an unfinished output is removed.
+    # SIGTERM acts like Ctrl-C: an unfinished output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         rows = score(options.input, options.output, task, on_ray=options.ray)
@@ -205,5 +205,5 @@ def in_threads(source: Path, rows: int, scorer: Scorer) -> Iterator[pa.Table]:
         while scoring:
             yield scoring.popleft().result()
     finally:
-        # The tables under way take a second or two.
+        # The tables in progress take another second or two.
         pool.shutdown(cancel_futures=True)

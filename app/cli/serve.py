@@ -47,7 +47,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
         return 2
     except ValidationError as error:
         found = error.errors()
-        # An option of several types has an error for each of them.
+        # An option that allows several types gets an error for each type.
         option = found[0]["loc"][0]
         said = " or ".join(each["msg"] for each in found if each["loc"][0] == option)
         print(f"{prog}: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)

@@ -34,8 +34,8 @@ from dropserve.app.inference.service import Service
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
 
-# Bodies of maximum length that may be held at a time. The numbers of JSON take some ten times the
-# memory of their text.
+# Number of bodies of maximum length that may be held at a time. Parsed numbers take about ten times
+# the memory of their JSON text.
 LONGEST_BODIES = 8
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")

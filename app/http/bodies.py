@@ -15,12 +15,12 @@ from starlette.types import Receive, Send
 from dropserve.app.errors import InputError
 
 JSON = b"application/json"
-# Bodies up to this are not counted: those of a thousand connections are a few MB.
+# Bodies up to this size are not counted: a thousand of them take a few MB.
 SHORT_BYTES = 4096
 # Longest path of a field that an error repeats.
 LONGEST_PATH = 200
-# Set in the scope of a request that was refused for the queue: the server may then pause reading
-# from its client.
+# Set in the scope of a request that was refused because the queue is full: the server may then
+# pause reading from its client.
 PAUSE = "dropserve.pause"
 
 Headers = Mapping[bytes, bytes]
@@ -55,7 +55,7 @@ async def read_body(
     Parameters
     ----------
     headers, receive
-        Of the request.
+        The request's headers, and ASGI's ``receive``.
     max_bytes
         Longest body.
     hold
@@ -123,7 +123,7 @@ def parse_json(headers: Headers, body: bytes | bytearray, schema: type[Parsed]) 
     if isinstance(document, dict) and not document.keys() <= known:
         unknown = next(field for field in document if field not in known)
         raise InputError(unknown[:LONGEST_PATH], f"allowed are {', '.join(known)}")
-    # As model_validate, in half the time.
+    # Does what model_validate does, in half the time.
     request: Parsed = schema.__pydantic_validator__.validate_python(document)
     return request
 

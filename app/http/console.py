@@ -31,8 +31,8 @@ HEADERS = {
     # Revalidated each time: a page and scripts of two versions would not fit together.
     "cache-control": "no-cache",
 }
-# Most numbers in the examples sent to the page, but at least one example: writing more would delay
-# other requests.
+# Limit on the numbers in the examples sent to the page, which gets at least one example: writing
+# more would delay other requests.
 MOST_VALUES = 100_000
 # Initial values of the controls of the page.
 DEFAULTS = {
@@ -51,7 +51,7 @@ class Files(StaticFiles):
         super().__init__(directory=FOLDER)
 
     def file_response(self, *args: object, **kwargs: object) -> Response:
-        """Return a file, or that it has not changed."""
+        """Return a file, or status 304 if it has not changed."""
         response = super().file_response(*args, **kwargs)  # type: ignore[arg-type] # passed on
         response.headers.update(HEADERS)
         return response
@@ -67,7 +67,7 @@ def router(
     files
         The files of the page.
     service
-        Its models are shown.
+        The service whose models are shown.
     context
         Checks whether a key may see the passes.
     guard

@@ -54,7 +54,7 @@ class Context:
         self.metrics = metrics
         self.log = log
         self.spans = spans
-        # Together an id that is unique over all processes and requests.
+        # Together they make an id that is unique over all processes and requests.
         self.process, self.numbers = os.urandom(8).hex(), count()
 
     def request(self, method: str, route: str, headers: Headers) -> "OpenRequest":

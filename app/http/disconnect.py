@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-# Most responses are out within this time, for which their clients are not watched.
+# Most responses are out within this time; clients are watched only after it.
 TICK_SECONDS = 0.01
 
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ class DisconnectWatcher:
         """
         if not self.ticking:
             self.ticking = True
-            # Looked up here only: Python 3.11 makes a system call for it.
+            # Looked up only here, since Python 3.11 makes a system call for it.
             self.loop = asyncio.get_running_loop()
             self.loop.call_later(TICK_SECONDS, self._tick)
         task = asyncio.current_task(self.loop)
@@ -58,7 +58,7 @@ class DisconnectWatcher:
                 raise ClientDisconnect from None
             raise
         finally:
-            # Before the response is sent, the end of which reads like a disconnect, too.
+            # Before the response is sent, since the end of a response looks like a disconnect, too.
             if self.new.pop(task, None) is None and self.older.pop(task, None) is None:
                 self.watchers.pop(task).cancel()
                 self.left.discard(task)

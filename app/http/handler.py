@@ -104,7 +104,8 @@ class Endpoint(Generic[Asked, Answered]):
     def shed(self, scope: Scope) -> Response | None:
         """Refuse a request if the queue is full; else reserve a place of one row for it.
 
-        Without a task: hundreds of refused requests would keep the admitted ones waiting.
+        No task is started for it: hundreds of refused requests would keep the admitted ones
+        waiting.
         """
         try:
             self.admission.acquire(1)
@@ -168,7 +169,7 @@ class Endpoint(Generic[Asked, Answered]):
         watch
             Awaits the answer, and cancels it if the client disconnects.
         record
-            Of the request.
+            The record of the request.
 
         Raises
         ------
@@ -200,7 +201,7 @@ class Application:
     Parameters
     ----------
     endpoints
-        By path.
+        The endpoints, by path.
     infer
         The endpoint of the Open Inference Protocol, whose paths hold names of models.
     is_infer
@@ -290,7 +291,7 @@ class Application:
         return endpoint.shed(scope)
 
     async def crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request on a connection beyond the limit: nothing but health probes."""
+        """Answer a request on a connection beyond the limit, which may send only health probes."""
         if scope["path"] in HEALTH:
             await self(scope, receive, send)
             return
@@ -304,7 +305,7 @@ class Application:
     def malformed(self, status: HTTPStatus, detail: str, scope: Scope | None) -> Response:
         """Answer a request that is not valid HTTP, too long or too slow.
 
-        ``scope`` is that of a request whose head was valid, else None.
+        ``scope`` is the request's if its head was valid, else None.
         """
         record: RequestRecord | None = scope.get(RECORD) if scope else None
         if record is None:

@@ -49,7 +49,7 @@ VERSION = {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"}
 
 
 class Documented(NamedTuple):
-    """An endpoint, as it is documented."""
+    """The documentation of an endpoint."""
 
     name: str
     description: str
@@ -96,7 +96,7 @@ def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
     app
         FastAPI's application, with the other paths.
     service
-        Its models and limits are documented.
+        The service whose models and limits are documented.
     keys
         Whether requests need an API key.
     """
@@ -136,7 +136,7 @@ def constant_part(app: FastAPI, *, keys: bool) -> Schema:
     )
     components = written["components"]
     components["schemas"].update(definitions["$defs"])
-    # Errors are other documents here.
+    # FastAPI's schemas of errors, which this service does not use.
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     endpoints = {path: {"post": operation_of(path, each)} for path, each in ENDPOINTS.items()}
@@ -176,7 +176,7 @@ def schema_for(schema: Schema, model: ModelRunner, service: Service, served: int
 
 
 def array(items: Schema, length: int) -> Schema:
-    """Describe an array of some length."""
+    """Describe an array of a given length."""
     return {"type": "array", "items": items, "minItems": length, "maxItems": length}
 
 

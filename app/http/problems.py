@@ -30,7 +30,7 @@ MEDIA_TYPE = "application/problem+json"
 PROTOCOL = "/v2"
 # Set in the scope of a request that FastAPI answers: its record.
 RECORD = "dropserve.record"
-# Most errors of a response: a body could have many.
+# Most errors that a response lists: a body could have many.
 MOST_ERRORS = 20
 # Reason under which unexpected errors are counted.
 ERROR = "error"
@@ -137,7 +137,7 @@ def write(problem: Problem, request_id: str) -> Response:
 
 
 def raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Encode headers as ASGI has them."""
+    """Encode headers for ASGI."""
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
@@ -150,6 +150,7 @@ def register(app: FastAPI) -> None:
         response.raw_headers += headers
         return response
 
-    # By class: FastAPI raises errors handled as Exception again once they are answered.
+    # Registered for each class: FastAPI would raise errors handled as Exception again once they are
+    # answered.
     for kind in (HTTPException, ValidationError, *REFUSALS, Exception):
         app.add_exception_handler(kind, answer)

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from dropserve.app.errors import Overloaded
 
-# Longest wait that a refused client is asked for.
+# Longest wait that a refused client is asked to make.
 MAX_RETRY_SECONDS = 60
 
 
@@ -30,8 +30,8 @@ class Admission:
     def check(self, size: int = 1) -> None:
         """Raise Overloaded if a request of this size would exceed the limit.
 
-        A request larger than the limit passes while there is no other. Refused, it would be retried
-        for ever.
+        A request larger than the limit is admitted while there is no other. If it were refused,
+        clients would retry it forever.
         """
         if self.held and self.held + size > self.limit:
             raise Overloaded(
@@ -40,7 +40,7 @@ class Admission:
             )
 
     def acquire(self, size: int, seconds: float = 0.0) -> None:
-        """Admit a request that should take so many ``seconds``; raise as ``check`` does."""
+        """Admit a request that should take ``seconds``; raise as ``check`` does."""
         self.check(size)
         self.held += size
         self.seconds += seconds

@@ -26,7 +26,7 @@ def uncertainty(manifest: Manifest, query: Query, seed: int, passes: int, found:
     Parameters
     ----------
     manifest
-        The model's.
+        The model's manifest.
     query
         The request.
     seed, passes
@@ -47,7 +47,7 @@ def uncertainty(manifest: Manifest, query: Query, seed: int, passes: int, found:
         "interval": {"level": query.interval, "lower": interval.lower, "upper": interval.upper},
         "converged": None
         if query.tolerance is None
-        # As Python's floats: a tolerance may exceed float32. NaN, for one pass, is within none.
+        # As Python's floats: a tolerance may exceed float32. NaN, for one pass, is never within it.
         else float(moments.standard_error.max()) <= query.tolerance,
     }
     if isinstance(parts, Spreads):
@@ -80,7 +80,7 @@ def passes(
     Parameters
     ----------
     manifest
-        The model's.
+        The model's manifest.
     samples
         ``[T, B, C]``, or ``[T, B, 2C]`` with a noise head.
     found

@@ -28,7 +28,7 @@ Outcome = TypeVar("Outcome")
 # Bounds on the memory of a run: rows or row-passes, and numbers computed for them.
 ROWS_AT_ONCE = 4096
 VALUES_AT_ONCE = 2**24
-# On the CPU the passes of a run are computed in pieces of so many numbers, which then mostly stay
+# On the CPU the passes of a run are computed in pieces of this many numbers, which then mostly stay
 # in a core's cache from one node of the graph to the next.
 VALUES_IN_CACHE = 2**20
 
@@ -164,7 +164,7 @@ def outcomes_of_alike(
 
 
 def samples_of(manifest: Manifest, outputs: NDArray[np.float32], passes: int) -> Samples:
-    """Turn outputs ``[N, C or 2C]`` of so many passes a row into samples ``[T, B, C or 2C]``."""
+    """Turn outputs ``[N, C or 2C]`` of ``passes`` passes a row into samples ``[T, B, C or 2C]``."""
     samples = statistics.by_pass(outputs, passes)
     if not is_finite(samples):
         raise overflow(manifest)
@@ -222,7 +222,7 @@ def run_piece(engine: Engine, x: Rows, piece: Sequence[Segment]) -> NDArray[np.f
 
 
 def read_jobs(jobs: Sequence[Inputs], shape: tuple[int, ...]) -> tuple[Rows, dict[int, InputError]]:
-    """Read the rows of all jobs; return them, and the errors of faulty jobs by number."""
+    """Read the rows of all jobs; return them, and the errors of faulty jobs by job number."""
     if all(isinstance(job, list) for job in jobs):
         x = rows_at_once(list(chain.from_iterable(jobs)), shape)
         if x is not None:
@@ -253,7 +253,7 @@ def kept_share(stream: MaskStream, rows: range, passes: range) -> NDArray[np.flo
 
 
 def slices(sizes: Iterable[int]) -> Iterator[slice]:
-    """Return where parts of these sizes lie, one after the other."""
+    """Return the slices of consecutive parts of these sizes."""
     end = 0
     for size in sizes:
         start, end = end, end + size

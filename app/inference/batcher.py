@@ -2,7 +2,7 @@
 
 Nothing waits for a batch to fill. While requests come one at a time, each is run at once. When they
 come together, a run takes the jobs of two turns of the event loop. A run that should be short is
-made on the event loop, where a hop to a thread and back would cost more than the run itself. A
+made on the event loop, since a hop to a thread and back would cost more than the run itself. A
 longer one is made in the executor's thread, so that the loop stays responsive, for health probes
 first of all.
 """
@@ -20,7 +20,8 @@ from dropserve.app.observability.record import RequestRecord
 
 # Longest run on the event loop: the delay that it may cause to other requests.
 ON_LOOP_SECONDS = 0.002
-# Sizes of runs that are timed to predict how long runs take; how often, and for how long in all.
+# Sizes of the runs that are timed to predict how long runs take; how often each is timed, and for
+# how long in all.
 ALONE, TOGETHER = 1, 64
 TIMINGS, TIMING_SECONDS = 5, 0.1
 
@@ -134,7 +135,7 @@ class Batcher(Generic[Job, Result]):
         self.pieces = pieces
         self.waiting: deque[Waiting[Job, Result]] = deque()
         self.running = False
-        # Whether jobs came together at the last look, and how many were run at once since then.
+        # Whether jobs came together when last checked, and how many were run at once since then.
         self.crowded = True
         self.at_once = 0
         # Number of runs, by size.
@@ -152,10 +153,10 @@ class Batcher(Generic[Job, Result]):
         record.check_deadline(now)
         if not self.running:
             self.running = True
-            # Looked up here only: Python 3.11 makes a system call for it.
+            # Looked up only here, since Python 3.11 makes a system call for it.
             self.loop = asyncio.get_running_loop()
             if self.crowded:
-                # After requests that the loop is about to read: their tasks start in its next turn.
+                # Wait for requests that the loop is about to read: their tasks start next turn.
                 self.loop.call_soon(self.loop.call_soon, self._start)
             else:
                 self.loop.call_soon(self._start)

@@ -21,8 +21,8 @@ class Engine:
     Raises
     ------
     BundleError
-        If a graph does not load or has other inputs than the manifest says, or an example is not
-        a row of them.
+        If a graph does not load or has other inputs than the manifest says, or an example does not
+        fit them.
     DeviceUnavailable
         If the device's provider does not load.
     """

@@ -24,7 +24,7 @@ def read_examples(text: bytes, manifest: bundle.Manifest) -> Examples:
     Raises
     ------
     BundleError
-        If there are none, or they are no rows of the model's input.
+        If there are none, or they are not rows of the model's input.
     """
     try:
         examples = orjson.loads(text)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dropserve.app.inference.rows import Inputs
 from dropserve.app.uncertainty.masks import Kind
 
-# Seeds are below this; a client may pass any of them.
+# Every seed is below this; a client may pass any such seed.
 SEED_LIMIT = 2**63
 # A drawn seed is an integer that JavaScript, too, reads without loss.
 DRAWN_SEED_BITS = 53
@@ -43,7 +43,7 @@ class Query:
     model, version
         None: the only model; its newest version.
     passes
-        Train-mode passes of each row; with a tolerance, the most.
+        Train-mode passes of each row; with a tolerance, their maximum.
     seed
         Seed of the masks, in [0, ``SEED_LIMIT``); None: one is drawn.
     interval

@@ -1,4 +1,4 @@
-"""The served models, by name and version, which can be loaded, replaced and unloaded any time.
+"""The served models, by name and version, which can be loaded, replaced and unloaded at any time.
 
 They come from the models folder, at the start and later. A new version is read, checked, tried on
 its own examples and only then put in place, between two requests. A refused version changes
@@ -47,7 +47,7 @@ class Engines(dict[str, dict[int, Engine]]):
 
 
 class Served(NamedTuple):
-    """The served and the unloaded models, for another process to serve the same."""
+    """The served and the unloaded models, so that another process can serve the same."""
 
     versions: dict[str, tuple[int, ...]]
     unloaded: frozenset[str]
@@ -61,7 +61,7 @@ def load_engine(place: Path, device: Device, threads: int) -> Engine:
     BundleError
         If it cannot be served.
     DeviceUnavailable
-        If the device is not to be had.
+        If the device is not available.
     """
     bundle = loader.read_bundle(place)
     engine = Engine(bundle, device, threads)
@@ -138,7 +138,7 @@ class Registry:
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[None]:
-        """Serialize changes, and return the memory that each of them took."""
+        """Make changes one at a time, and give back the memory that each of them took."""
         async with self.changing:
             try:
                 yield
@@ -248,7 +248,7 @@ class Registry:
         return listed
 
     async def _refresh(self, name: str, places: dict[int, Path]) -> None:
-        """Load some versions of a model, and serve them instead of the present ones.
+        """Load versions of a model, and serve them instead of the present ones.
 
         A refused version leaves an older bundle of the same number in place.
         """
@@ -344,7 +344,7 @@ def load_engines(
     ------
     StartError
         If the folder cannot be read or no bundle in it can be served, or ``device`` (other than
-        "auto") is not to be had.
+        "auto") is not available.
     """
     engines = Engines("cuda" if device == "auto" else device, threads)
     for place in loader.bundle_folders(models):

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from dropserve.app.errors import InputError
 
 Rows = NDArray[np.float32]  # [B, *shape]
-Inputs = list[object] | Rows  # rows as JSON has them, or read already
+Inputs = list[object] | Rows  # nested lists from JSON, or rows already read
 
 LARGEST = float(np.finfo(np.float32).max)
-# Half a unit in the last place above: from here on, rounding to float32 gives infinity.
+# Half a unit in the last place above the largest: from here on, rounding to float32 gives infinity.
 BEYOND = LARGEST + 2.0**103
 NUMBERS = {int, float}
 LISTS = {list}
@@ -35,8 +35,8 @@ def read_rows(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.float3
     Raises
     ------
     InputError
-        For the first row of another shape, or value that is not a float32 number (a boolean is
-        not).
+        For the first row of another shape, or the first value that is not a float32 number (a
+        boolean is not).
     """
     rows = rows_at_once(inputs, shape)
     return rows_one_by_one(inputs, shape) if rows is None else rows
@@ -58,11 +58,11 @@ def rows_at_once(inputs: list[object], shape: tuple[int, ...]) -> NDArray[np.flo
 def packed(values: list[Any]) -> NDArray[np.float32] | None:
     """Return the numbers of a flat list, or None if one is not a float32 number."""
     types = list(map(type, values))
-    # Counting is faster than a set, and mostly all are floats.
+    # Counting is faster than building a set, and usually all are floats.
     if types.count(float) < len(types) and not NUMBERS.issuperset(types):
         return None
     try:
-        # Unlike native packing and numpy, standard packing refuses too large numbers.
+        # Unlike native packing and numpy, standard packing refuses numbers that are too large.
         return np.frombuffer(struct.pack(f"<{len(values)}f", *values), "<f4")
     except (OverflowError, struct.error):  # for a float, for an integer
         return None

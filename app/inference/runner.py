@@ -26,12 +26,13 @@ from dropserve.app.uncertainty.summary import Summary
 
 # Length of a piece of long work: the delay that it may cause to short work.
 PIECE_SECONDS = 0.02
-# Numbers of samples that are summarized on the event loop. That takes a fraction of a millisecond;
-# handing the work to the thread and back would cost more.
+# Most numbers that samples may hold to be summarized on the event loop. That takes a fraction of a
+# millisecond; handing the work to the thread and back would cost more.
 VALUES_ON_LOOP = 2**14
-# Passes after which a tolerance is first checked, and then each time that they have doubled. After
-# fewer passes some would stop by chance, because they happen to agree; more frequent checks would
-# be more such chances. tests/app/uncertainty/test_coverage.py measures what is left.
+# Passes after which a tolerance is first checked; later checks come each time that they have
+# doubled. After fewer passes, a request could stop only because its passes happen to agree, and
+# more frequent checks would make that likelier. tests/app/uncertainty/test_coverage.py measures the
+# remaining effect.
 FIRST_CHECK = 50
 
 Result = TypeVar("Result")
@@ -60,7 +61,7 @@ class ModelRunner:
         self.labels = self.manifest.outputs.labels
         self.identity = answers.identity(self.manifest)
         predict, run_passes = partial(batch.predict, engine), partial(batch.run_passes, engine)
-        # As lists, like those of requests, since reading them takes part of the time.
+        # Lists, as in requests, since reading them takes part of the time.
         rows = np.zeros((1, *self.manifest.input.shape)).tolist()
         stream = MaskStream(0, self.manifest.sites)
         clock = time.thread_time if engine.device == "cpu" else time.perf_counter
@@ -134,7 +135,7 @@ class ModelRunner:
     ) -> Samples:
         """Run train-mode passes of all rows; return their samples.
 
-        With a tolerance, stop as soon as the standard error of every mean is as small.
+        With a tolerance, stop as soon as the standard error of every mean is within it.
         """
         if tolerance is None:
             groups = await self._sample_groups(inputs, stream, range(passes), record)
@@ -202,7 +203,7 @@ class ModelRunner:
     async def _compute(
         self, work: Callable[[], Result], values: int, record: RequestRecord
     ) -> Result:
-        """Do work on so many numbers where it delays no other request."""
+        """Do work on ``values`` numbers where it delays no other request."""
         return work() if values <= VALUES_ON_LOOP else await self.run_aside(work, record)
 
     async def run_aside(self, work: Callable[[], Result], record: RequestRecord) -> Result:
@@ -211,7 +212,7 @@ class ModelRunner:
         Raises
         ------
         DeadlineExceeded
-            If the request's time is up before.
+            If the request's time is up before the work begins.
         """
         record.check_deadline(time.monotonic())
         return await self.executor.submit(work, long=True)

@@ -22,8 +22,8 @@ from dropserve.app.uncertainty.masks import MaskStream
 from dropserve.app.uncertainty.statistics import Samples
 from dropserve.app.uncertainty.summary import Summary
 
-# Numbers in the samples of an answer that needs all of them at once: one that shows the passes, and
-# one with a tolerance, which cannot tell beforehand how many passes it takes.
+# Most numbers in the samples of an answer that needs all of them at once: one that shows the
+# passes, and one with a tolerance, which cannot tell beforehand how many passes it takes.
 MAX_KEPT_VALUES = 1_000_000
 
 
@@ -170,7 +170,7 @@ class Service:
         Raises
         ------
         InputError
-            If the samples would be too many numbers.
+            If the samples would hold too many numbers.
         """
         values = len(query.inputs) * query.passes * len(runner.manifest.outputs.labels)
         if values > MAX_KEPT_VALUES:

@@ -1,4 +1,4 @@
-"""The log: a JSON object a line on stderr, for events and for each request.
+"""The log: one JSON object per line on stderr, for events and for each request.
 
 Of a client's data it holds only the request id, which is checked, and names of served models: no
 feature values, no keys, no paths chosen by the client.
@@ -42,7 +42,7 @@ def configure(level: int) -> None:
 
 
 class RequestLog:
-    """Writes a line for each request; those of one turn of the event loop together.
+    """Writes a line for each request, all lines of one turn of the event loop together.
 
     The logging module takes as long for a line as a small request takes in total.
     """
@@ -52,7 +52,7 @@ class RequestLog:
         self.lines: list[bytes] = []
 
     def write(self, record: RequestRecord, seconds: float) -> None:
-        """Queue the line of a request whose response came so many ``seconds`` after it."""
+        """Queue the line of a request whose response came ``seconds`` after it."""
         if not self.lines:
             asyncio.get_running_loop().call_soon(self.flush)
         entry: dict[str, object] = {

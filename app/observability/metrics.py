@@ -1,7 +1,7 @@
 """Metrics of the service, written for Prometheus.
 
 Counting a request takes a few additions to plain numbers, a fraction of the time that the client
-library's objects take. The library writes the exposition: with several workers, of their sums.
+library's objects take. The library writes the exposition, with the sums over all workers.
 """
 
 from bisect import bisect_left
@@ -92,7 +92,7 @@ class Metrics:
         self.rejected: Counter[str] = Counter()
 
     def count(self, record: RequestRecord, seconds: float) -> None:
-        """Count a request whose response came so many ``seconds`` after it."""
+        """Count a request whose response came ``seconds`` after it."""
         alike = (record.route, record.model, record.version, record.status)
         seen = self.seen.get(alike)
         if seen is None:
@@ -123,7 +123,7 @@ class Metrics:
         Parameters
         ----------
         pid
-            Of this process.
+            The id of this process.
         queue, connections
             Rows x passes being answered, and open connections.
         loads
@@ -188,7 +188,7 @@ def exposition(
     Parameters
     ----------
     snapshots
-        Of the living workers.
+        The snapshots of the living workers.
     gone
         Counts of the workers that died.
     deaths
@@ -214,7 +214,7 @@ def exposition(
 
 
 class Written(Collector):
-    """Hands metrics that are made already to the registry."""
+    """Hands finished metrics to the registry."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = metrics
@@ -268,7 +268,7 @@ def gauges(
 
 
 def processes(pids: Sequence[int]) -> Iterator[Metric]:
-    """Make the client library's metrics of a process for several, with the pid as a label."""
+    """Make the client library's process metrics for several processes, with the pid as a label."""
     found: dict[str, Metric] = {}
     for pid in pids:
         for family in ProcessCollector(pid=partial(int, pid), registry=None).collect():

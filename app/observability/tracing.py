@@ -41,7 +41,7 @@ class Spans:
         self.tracer = provider.get_tracer(SERVICE_NAME)
 
     def write(self, record: RequestRecord, seconds: float) -> None:
-        """Export the spans of a request whose response is out just now, after ``seconds``."""
+        """Export the spans of a request whose response has just gone out, after ``seconds``."""
         from opentelemetry.trace import (
             NonRecordingSpan,
             SpanContext,
@@ -74,7 +74,7 @@ class Spans:
             start_time=start,
         )
         inner = set_span_in_context(span)
-        # Each is the sum of possibly several intervals, so only the lengths are right.
+        # Each may be the sum of several intervals, so only its length is right.
         queued, ran = round(record.queue_seconds * 1e9), round(record.run_seconds * 1e9)
         for name, begin, length in (("queue", start, queued), ("run", start + queued, ran)):
             if length:

@@ -13,7 +13,7 @@ def share(workers: int | Literal["auto"], threads: int | Literal["auto"]) -> tup
     """Return the numbers of workers and of threads in each, at least 1.
 
     ``auto`` divides the available CPUs by the other number: among the workers, or into workers of
-    so many threads. Where both are ``auto`` there is one worker of one thread for each CPU.
+    that many threads. Where both are ``auto`` there is one worker of one thread for each CPU.
     """
     if workers == "auto":
         threads = 1 if threads == "auto" else threads

@@ -34,12 +34,12 @@ class Replies(NamedTuple):
     """The outcome of a request to all workers."""
 
     answers: list[object]  # one for each living worker that answers, the asking one's first
-    gone: object  # dead workers' answers, as the parent has folded them; None: none kept
+    gone: object  # dead workers' answers, folded by the parent; None: none kept
     deaths: int  # workers that have died since the service was started
 
 
 class Serving(NamedTuple):
-    """Message to the parent: this worker's event loop runs."""
+    """Message to the parent: this worker's event loop is running."""
 
     state: object  # served by the worker
 
@@ -192,7 +192,7 @@ class Channel:
                 answer.set_exception(Unanswered("the process is gone"))
 
     def notify(self, content: object) -> None:
-        """Send a request without a response: an exception over there is logged over there."""
+        """Send a request without a response: the other process logs any exception."""
         self.run(self.send(Request(None, content)))
 
     async def request(self, content: object, seconds: float | None = None) -> object:
@@ -203,7 +203,7 @@ class Channel:
         Unanswered
             If the other process is gone or stuck, or does not answer within ``seconds``.
         Exception
-            Whatever ``handle`` raises over there.
+            Whatever ``handle`` raises in the other process.
         """
         await self.opened.wait()
         if self.closed:
@@ -222,10 +222,10 @@ class Channel:
             del self.waiting[number]
 
     async def send(self, message: Request | Response) -> None:
-        """Send a message, or keep it until the other process has read the ones before."""
+        """Send a message, or keep it until the other process has read the earlier ones."""
         content = pickle.dumps(message)
         await self.opened.wait()
-        # It may be closing already where ``listen`` is still to see that the other process is gone.
+        # It may be closing already if ``listen`` has yet to notice that the other process is gone.
         if not self.closed and not self.writer.is_closing():
             self.writer.write(LENGTH.pack(len(content)) + content)
 
@@ -236,7 +236,7 @@ class Channel:
             if self.closed:
                 self.writer.transport.abort()
             self.opened.set()
-            # It is reset where the other process ends without having read all of its messages.
+            # It is reset if the other process ends without having read all of its messages.
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
@@ -254,7 +254,7 @@ class Channel:
             return
         answer = self.waiting.get(message.number)
         if answer is None or answer.done():
-            # Nobody waits any more.
+            # No request waits for it any more.
             return
         if message.error:
             answer.set_exception(message.error)
@@ -262,7 +262,7 @@ class Channel:
             answer.set_result(message.content)
 
     async def respond(self, request: Request) -> None:
-        """Handle a request, and send the response where one is wanted."""
+        """Handle a request, and send the response if one is wanted."""
         number, content = request
         try:
             answer = await self.handle(content)
@@ -286,7 +286,8 @@ def portable(error: Exception) -> Exception:
     """Return an exception that another process can unpickle: the same, or one with its message."""
     try:
         pickle.loads(pickle.dumps(error))
-    # Pickling may raise anything: most often the exception's class takes other arguments than one.
+    # Pickling may raise anything: most often because the exception's class does not take just one
+    # argument.
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -29,7 +29,7 @@ from dropserve.app.processes.ipc import Broadcast, Change, Channel, Replies, Ser
 
 # Longest wait for a worker's answer to a request of another worker.
 ANSWER_SECONDS = 60.0
-# Once this many workers have died within so many seconds, one is replaced after each pause.
+# Once this many workers have died within this many seconds, one is replaced after each pause.
 QUICK_DEATHS, QUICK_SECONDS, PAUSE_SECONDS = 3, 10.0, 1.0
 # Longest wait for the last messages of a worker that has ended.
 SILENCE_SECONDS = 1.0
@@ -78,7 +78,7 @@ class WorkerProcess:
         self.silent = asyncio.Event()
         self.channel = Channel(link, partial(handle, self), self.silent.set)
         self.channel.start()
-        # The last of its answers to keep.
+        # Its last answer that must be kept.
         self.last: object = None
 
 
@@ -94,8 +94,8 @@ def supervise(
 ) -> int:
     """Run workers until SIGTERM or SIGINT; return the exit status.
 
-    Each of them is passed on to the workers as SIGTERM, every time. SIGINT and SIGHUP, which a
-    terminal sends to all of its processes, never reach a worker directly.
+    Both are passed on to the workers as SIGTERM, every time. SIGINT and SIGHUP, which a terminal
+    sends to all of its processes, never reach a worker directly.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ def supervise(
     keep
         Rules for the answers that outlive a worker.
     stop_seconds
-        Longest time in which workers may stop; after it they are killed.
+        Longest time that workers may take to stop; after it they are killed.
     answer_seconds
         Longest wait for a worker's answer to a request of another worker.
     """
@@ -196,14 +196,14 @@ class Supervisor:
 
     async def start(self) -> WorkerProcess | None:
         """Start a worker, or log why that fails."""
-        # During a change it would be given the state before, and miss the request to change.
+        # During a change it would be given the previous state, and miss the request to change.
         async with self.changing:
             if self.stopping.is_set():
                 return None
             try:
                 return self.spawn()
             except OSError as error:
-                # Memory or processes are short for the moment; the other workers go on meanwhile.
+                # The system may be short of memory or processes; the other workers go on meanwhile.
                 log.error("a worker cannot be started: %s", error)
                 return None
 
@@ -238,8 +238,8 @@ class Supervisor:
         loop.remove_reader(worker.process.sentinel)
         # Its resources, such as a GPU's memory, may take a while to be released.
         await asyncio.to_thread(worker.process.join)
-        # Its last messages are still to be read. Where a process that it has started holds a copy
-        # of its socket, the connection stays open, hence the limit.
+        # Its last messages have yet to be read. If a process that it has started holds a copy of
+        # its socket, the connection stays open, hence the limit.
         with suppress(TimeoutError):
             await asyncio.wait_for(worker.silent.wait(), SILENCE_SECONDS)
         status = worker.process.exitcode or 0
@@ -250,7 +250,7 @@ class Supervisor:
             return
         if status == STARTUP_FAILURE and not self.served:
             # Any other worker would fail as well. Once one has served, the cause may pass: a worker
-            # that finds no models must not take down those that still serve.
+            # that finds no models must not take down the ones that still serve.
             log.error("worker %d cannot start; all are stopped", worker.pid)
             self.status = 1
             self.stop()
@@ -288,7 +288,7 @@ class Supervisor:
     async def ask_others(self, asker: WorkerProcess, request: object, answer: object) -> Replies:
         """Put a request to all workers but the asking one, which has answered it itself.
 
-        To a worker that is still starting, the request waits. Raises as ``ask_all`` does.
+        The request waits for a worker that is still starting. Raises as ``ask_all`` does.
         """
         self.note(asker, answer)
         answers = await self.ask_all([each for each in self.workers if each is not asker], request)

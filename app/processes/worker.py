@@ -57,7 +57,7 @@ class Worker:
     Parameters
     ----------
     settings
-        Of the service.
+        The settings of the service.
     engines
         The models to start with.
     start
@@ -134,7 +134,7 @@ class Worker:
     def startup(self) -> None:
         """Start to listen to the other processes and to signals, on the event loop."""
         self.group.start()
-        # Signals reach the main thread only; embedded in another program, it may not be this one.
+        # Signals reach the main thread only; embedded in another program, this may be another.
         if self.alone and threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
             # The loop keeps only a weak reference to a task.

@@ -36,12 +36,12 @@ def opened(source: Path) -> Iterator[pq.ParquetFile]:
 
 
 def tables(source: Path, rows: range, size: int) -> Iterator[tuple[int, pa.Table]]:
-    """Read some rows of a file as tables of ``size`` rows, each with the number of its first.
+    """Read some rows of a file as tables of ``size`` rows, each with the number of its first row.
 
     Raises
     ------
     StartError
-        As ``opened``.
+        As for ``opened``.
     """
     with opened(source) as file:
         # Reading starts at the row group of the first row.

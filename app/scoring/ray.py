@@ -13,7 +13,7 @@ from dropserve.app.inference.batch import pieces
 from dropserve.app.scoring.parquet import tables
 from dropserve.app.scoring.scorer import Scorer, Task
 
-# Tables of one task: to reach them a process reads the rows before them in the row group.
+# Tables of one task: to reach them, a process must read the rows before them in the row group.
 TABLES_AT_ONCE = 8
 
 
@@ -58,7 +58,7 @@ def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.
     Raises
     ------
     InputError, StartError
-        As a ``Scorer``, or if the cluster fails.
+        As for a ``Scorer``, or if the cluster fails.
     """
     import ray
 
@@ -69,11 +69,11 @@ def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.
     context.execution_options.preserve_order = True
     # The command shows a progress bar of its own.
     context.enable_progress_bars = False
-    # Errors are raised here, too.
+    # Ray's errors are raised below, so it need not log them.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     gpus = int(task.device in ("cuda", "tensorrt"))
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call] # Ray does not type it
-    # An autoscaling cluster may have none yet.
+    # An autoscaling cluster may not have any yet.
     most = max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
     found = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         RayScorer,
@@ -86,7 +86,6 @@ def scored(source: Path, rows: int, task: Task, table_rows: int) -> Iterator[pa.
     try:
         yield from found.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayTaskError as error:
-        # The original exception.
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise StartError(f"Ray: {str(error).strip().splitlines()[-1]}") from None

@@ -77,11 +77,11 @@ class Scorer:
         Raises
         ------
         InputError
-            If a column is missing, or has the name of one of the answer's.
+            If a column is missing, or has the same name as a column of the answer.
         """
         inputs = self.inputs(columns.names)
         kept = [field for field in columns if field.name not in inputs]
-        # One pass has fewer statistics than two, which have as many as all.
+        # One pass has fewer statistics than several; two already have all of them.
         zeros = np.zeros((1, *self.manifest.input.shape), np.float32)
         answer = self.answer(zeros, 0, min(2, self.task.passes)).schema
         for field in kept:
@@ -120,7 +120,7 @@ class Scorer:
         -------
         pyarrow.Table
             The columns besides the inputs, then those of the answer, named as in ``/uncertainty``:
-            one number, or a list of C numbers, a row.
+            one number, or a list of C numbers, for each row.
 
         Raises
         ------
@@ -203,7 +203,7 @@ def unnested(column: pa.Array, shape: tuple[int, ...], first: int) -> NDArray[np
     for length in lengths:
         if not is_list(column.type):
             raise InputError(INPUTS, f"must hold lists of {describe_shape(shape)}")
-        # A missing list has no length: wrong, too.
+        # A missing list has no length, which is wrong, too.
         wrong = pc.fill_null(pc.not_equal(pc.list_value_length(column), length), True)
         if pc.any(wrong).as_py():
             row = first + pc.index(wrong, True).as_py() // values_a_row
@@ -225,6 +225,6 @@ def numbers(values: pa.Array, name: str, first: int, values_a_row: int) -> NDArr
 
 
 def is_list(kind: pa.DataType | None) -> bool:
-    """Tell whether a type is one of lists."""
+    """Tell whether a type is a list type."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return kind is not None and any(test(kind) for test in tests)

@@ -18,7 +18,7 @@ Scope = Literal["predict", "debug", "admin"]
 
 # A name may be logged, so it holds no character that could break a line.
 NAME = re.compile(r"[A-Za-z0-9 ._:@-]{1,64}")
-# Bytes of a header's value; no key is as long.
+# Bytes of a header's value; no key is that long.
 LONGEST = 512
 # Field names that an error message repeats; any other may be a key in the wrong place.
 SAFE_FIELD = re.compile(r"\w{1,20}")
@@ -47,8 +47,8 @@ class Keys:
 
     Scopes are independent: ``admin`` does not imply ``predict``.
 
-    A key is recognised by its SHA-256. Passwords need a slow hash, as they can be guessed; a key is
-    256 random bits from ``secrets``, which cannot, and a fast hash keeps requests fast.
+    A key is recognized by its SHA-256. Passwords need a slow hash, as they can be guessed. A key is
+    256 random bits from ``secrets``, which nobody can guess, and a fast hash keeps requests fast.
 
     Parameters
     ----------

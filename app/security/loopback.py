@@ -1,4 +1,4 @@
-"""Recognise loopback addresses, which no other machine can reach."""
+"""Recognize loopback addresses, which no other machine can reach."""
 
 import socket
 from ipaddress import ip_address

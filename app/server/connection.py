@@ -32,7 +32,7 @@ class State(ServerState):
 
 
 def readable(descriptor: int) -> bool:
-    """Tell whether the kernel holds unread bytes, or unaccepted connections, of a socket."""
+    """Tell whether the kernel holds unread bytes, or unaccepted connections, for a socket."""
     # select.select takes no descriptor above 1023.
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -41,7 +41,7 @@ def readable(descriptor: int) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on what clients may hold of a server.
+    """Limits on what a server's clients may hold.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class Connection(ResponseProtocol):
             elif self.last:
                 self.transport.close()
             elif self.timer is None and self.timeout_keep_alive_task is None:
-                # The rest of a body whose response was sent before it arrived: idle from now on.
+                # The rest of a body that was answered before it arrived: now idle.
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
@@ -176,9 +176,9 @@ class Connection(ResponseProtocol):
         return self.upgrades
 
     def _without_upgrade(self) -> bytes:
-        """Return the head of a request without its wish for another protocol.
+        """Return the head of a request without its demand for another protocol.
 
-        Some clients express one with any request, and the parser would not parse the body.
+        Some clients send one with every request, and the parser would then not parse the body.
         """
         self.upgrades = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
@@ -186,7 +186,7 @@ class Connection(ResponseProtocol):
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
 
-    # The next two: as in uvicorn, plus byte counting, minus WebSocket checks.
+    # The next two are as in uvicorn, plus byte counting, minus WebSocket checks.
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body; anything else, such as trailers, counts as head."""
@@ -264,7 +264,7 @@ class Connection(ResponseProtocol):
         self._stop_timer()
         self._unset_keepalive_if_required()
         if not self.whole:
-            # The fault is in the body of a request that the application has.
+            # The fault is in the body of a request that the application already has.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.pipeline:
@@ -275,7 +275,7 @@ class Connection(ResponseProtocol):
                 self.transport.close()
                 return
         elif self._is_answering():
-            # It arrived before the response to the previous one.
+            # The faulty request arrived before the response to the previous one.
             self.cycle.keep_alive = False
             return
         scope = None if self.whole else cast("Scope", self.cycle.scope)

@@ -1,4 +1,4 @@
-"""The response side of a connection: one write a response, and load shedding without a task.
+"""The response side of a connection: one write per response, and load shedding without a task.
 
 Refused requests would otherwise take time from the admitted ones.
 """
@@ -22,8 +22,8 @@ from uvicorn.server import ServerState
 
 from dropserve.app.http.bodies import PAUSE, Response
 
-# Longest pause of reading from a client that was refused for the queue. It doubles with each
-# further refusal, up to a limit.
+# Longest pause in reading from a client that was refused because the queue is full. It doubles with
+# each further refusal, up to a limit.
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0
 
 
@@ -42,7 +42,7 @@ class ServedApplication(Protocol):
     def malformed(self, status: HTTPStatus, detail: str, scope: Scope | None) -> Response:
         """Return the response to a request that breaks HTTP or a limit of the connection.
 
-        ``scope`` is that of a request whose head was valid, else None.
+        ``scope`` is the request's if its head was valid, else None.
         """
 
 
@@ -164,14 +164,14 @@ class ResponseProtocol(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; after a refusal for the queue, after a pause."""
+        """Go on with the next request; pause first if the queue was full."""
         was_newest = not self.pipeline
         super().on_response_complete()
         if was_newest:
             self._pause_if(cast("dict[str, Any]", self.cycle.scope).get(PAUSE, False))
 
     def _pause_if(self, refused: bool) -> None:
-        """Stop reading for a while from a client that was refused for the queue."""
+        """Stop reading for a while from a client that was refused because the queue is full."""
         if not refused:
             self.pause_seconds = PAUSE_SECONDS
             return

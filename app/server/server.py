@@ -35,7 +35,7 @@ DROP_SYN = b"".join(
     struct.pack("HBBI", *instruction)
     for instruction in (
         (0x30, 0, 0, 13),  # load the byte of the TCP header that holds the flags
-        (0x54, 0, 0, 0x12),  # keep SYN and ACK of it
+        (0x54, 0, 0, 0x12),  # keep its SYN and ACK
         (0x15, 0, 1, 0x02),  # unless it is SYN alone, skip one
         (0x06, 0, 0, 0),  # drop the packet
         (0x06, 0, 0, 0xFFFFFFFF),  # take the whole packet

@@ -36,8 +36,8 @@ def check(manifest: Manifest, coverage: float) -> None:
 
 
 def rank(n: int, coverage: float) -> int:
-    """Return which of ``n`` ascending scores bounds the rest, counted from 1."""
-    # A whole number, but for rounding errors, must not be rounded up.
+    """Return the rank, from 1, of the bound among ``n`` ascending scores."""
+    # A number that is whole but for rounding errors must not be rounded up.
     return max(1, math.ceil(round((n + 1) * coverage, 9)))
 
 

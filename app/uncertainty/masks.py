@@ -151,7 +151,7 @@ class StratifiedStream(MaskStream):
     def draw_replicates(
         self, rows: range, passes: range, start: int, length: int
     ) -> dict[str, NDArray[np.bool_]]:
-        """Draw passes from replicates of some length, the first of which begins at ``start``."""
+        """Draw passes from replicates of one length; the first replicate begins at ``start``."""
         plan = planned(self.ps, self.units, length)
         before = start // self.replicate
         turns = range(
@@ -190,7 +190,7 @@ class Plan(NamedTuple):
     places
         First and last unit of each site.
     spans
-        Columns to draw from, with the first and last unit that draws from them; neighbouring sites
+        Columns to draw from, with the first and last unit that draws from them; neighboring sites
         with the same p share a span.
     """
 
@@ -223,8 +223,8 @@ def stream(kind: Kind, seed: int, sites: Sequence[DropoutSite], passes: int) -> 
 def replicate_length(ps: tuple[float, ...]) -> int:
     """Return the length of a replicate that leaves the least variance to rounding.
 
-    Of the variance of a unit's count, n p (1-p), f (1-f) is left, where f is the fraction of (1-p)
-    n.
+    Rounding leaves f (1-f) of the variance n p (1-p) of a unit's count, where f is the fraction of
+    (1-p)n.
     """
 
     def left(n: int) -> float:

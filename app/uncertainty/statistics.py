@@ -32,9 +32,9 @@ Floats = NDArray[np.float64]
 Statistic = NDArray[np.float32] | NDArray[np.float64]
 
 EPSILON = float(np.finfo(np.float32).eps)
-# The search for the quantile of a mixture ends with a step below so many standard deviations of the
-# noise; the next Newton step would be about its square. Bisection takes fewer than 60 steps even if
-# passes are 2^50 standard deviations apart.
+# The search for the quantile of a mixture ends with a step below this many standard deviations of
+# the noise; the next Newton step would be about its square. Bisection takes fewer than 60 steps
+# even if passes are 2^50 standard deviations apart.
 CLOSE, MOST_STEPS = 1e-3, 60
 # Table of the normal distribution function: steps for each standard deviation, and its end.
 NORMAL_STEPS, NORMAL_END = 512, 38
@@ -126,9 +126,10 @@ def replicated_error(
 
         sqrt(sum_r n_r d_r^2 / (R - 3) / T)
 
-    With the divisor R - 1 the sum would be unbiased. But with few replicates the error of the mean
-    in units of it follows Student's t with R - 1 degrees of freedom, whose variance is (R - 1) / (R
-    - 3). With R - 3, units of it mean what one expects of a standard error.
+    With the divisor R - 1 the sum would be unbiased. But with few replicates the error of the mean,
+    in units of that estimate, follows Student's t with R - 1 degrees of freedom, whose variance is
+    (R - 1) / (R - 3). With R - 3 the error in such units has variance 1, as with a true standard
+    error.
 
     Three replicates are too few. Stratified masks raise the variance of a replicate's mean by at
     most n / (n - 1), so the bound for independent masks, raised by as much, takes its place.
@@ -188,10 +189,10 @@ def mixture_interval(
 ) -> Interval:
     """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of the predictive distribution.
 
-    It is the mixture ``1/T sum_t N(f_t, noise_std^2)`` (Gal and Ghahramani 2016, appendix, eq.
-    8). Its quantile q solves ``1/T sum_t Phi((q - f_t) / noise_std) = share``. It lies between the
-    least and the greatest quantile of a component, and is found by Newton's method, safeguarded by
-    bisection (Press et al. 1992, Numerical Recipes, section 9.4).
+    It is the mixture ``1/T sum_t N(f_t, noise_std^2)`` (Gal and Ghahramani 2016, appendix, eq. 8).
+    Its quantile q solves ``1/T sum_t Phi((q - f_t) / noise_std) = share``. It lies between the
+    least and the greatest quantile of the components, and is found by Newton's method, safeguarded
+    by bisection (Press et al. 1992, Numerical Recipes, section 9.4).
 
     Parameters
     ----------
@@ -262,7 +263,7 @@ def entropies(samples: Samples) -> Entropies:
     - ``expected_entropy``: mean over passes of H, the aleatoric part (the data's).
     - ``mutual_information``: their difference, the epistemic part (the model's); Houlsby et al.
       2011, eq. 2. Never negative, since entropy is concave.
-    - ``variation_ratio``: share of the passes whose class is not the commonest one (Gal 2016,
+    - ``variation_ratio``: share of the passes whose class is not the most common one (Gal 2016,
       eq. 3.19).
     """
     passes, rows, classes = samples.shape
@@ -310,7 +311,7 @@ def entropy(probabilities: Floats) -> Floats:
 
 
 def take(group: Group, rows: slice) -> Group:
-    """Return the statistics of some of the rows."""
+    """Return the statistics of the given rows."""
     return type(group)(*[column[rows] for column in vars(group).values()])
 
 

@@ -38,7 +38,7 @@ def summarize(manifest: Manifest, samples: Samples, level: float, replicate: int
     Parameters
     ----------
     manifest
-        The model's.
+        The model's manifest.
     samples
         ``[T, B, C]``, or ``[T, B, 2C]`` with a noise head.
     level
@@ -69,7 +69,7 @@ def summarize(manifest: Manifest, samples: Samples, level: float, replicate: int
 
 
 def take_rows(summary: Summary, rows: slice) -> Summary:
-    """Return the summary of some of the rows."""
+    """Return the summary of the given rows."""
     return Summary(
         statistics.take(summary.moments, rows),
         statistics.take(summary.interval, rows),

@@ -53,7 +53,7 @@ class Replica(Worker):
         return application
 
     def check_health(self) -> None:
-        """Raise if a model no longer runs, upon which Ray starts another replica."""
+        """Raise if a model no longer runs; Ray then starts another replica."""
         for versions in self.service.registry.served.values():
             for runner in versions.values():
                 row = np.zeros((1, *runner.manifest.input.shape), np.float32)
@@ -75,7 +75,7 @@ def app(options: Options) -> serve.Application:
         If there are no keys, and the service is not declared open.
     """
     settings = CliApp.run(Settings, cli_args=[])
-    # Ray does not tell on which address it listens; it can be all of them.
+    # Ray does not tell which address it listens on; it can be all of them.
     update: dict[str, object] = {"host": EVERYWHERE}
     # A replica has another working directory.
     for name in ("models", "api_keys_file"):

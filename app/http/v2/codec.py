@@ -2,7 +2,7 @@
 
 A request is JSON. With Triton's binary tensor data extension the JSON is a header, and the tensors
 with a ``binary_data_size`` follow it as raw little-endian bytes, in order. Responses have the same
-form. The tensors of a model are not known here.
+form. This module knows nothing of a model's tensors.
 
 References
 ----------
@@ -48,7 +48,7 @@ SAFE_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,128}")
 REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
 INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
 OUTPUT_FIELDS = ("name", "parameters")
-# Ignoring these would give another answer than the requested one.
+# If these were ignored, the answer would differ from the requested one.
 REFUSED_PARAMETERS = ("shared_memory_region", "classification")
 
 
@@ -62,7 +62,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class WantedOutput:
-    """A requested output, and whether in binary form."""
+    """A requested output, and whether it is wanted in binary form."""
 
     name: str
     binary: bool
@@ -70,7 +70,7 @@ class WantedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request; ``outputs`` is None for all, ``binary`` the default form of outputs."""
+    """A request; ``outputs`` is None for all outputs, ``binary`` is their default form."""
 
     id: str | None
     parameters: dict[str, object]
@@ -126,7 +126,7 @@ def parse_request(body: Buffer, header_length: int | None) -> InferRequest:
     wanted = [] if asked is None else of_type(asked, list, "outputs")
     outputs = [read_output(item, binary, f"outputs.{n}") for n, item in enumerate(wanted)]
     check_names([output.name for output in outputs], "outputs")
-    # An empty list asks for all, as Triton has it.
+    # As in Triton, an empty list asks for all.
     return InferRequest(read_id(request.get("id")), parameters, inputs, outputs or None, binary)
 
 
@@ -187,7 +187,7 @@ def read_data(
         return read_integers(flat, dtype, path).reshape(shape)
     values = packed(flat)
     if values is None:
-        # Raises for the number that could not be packed.
+        # Raises InputError for the number that could not be packed.
         check_numbers(flat, 1, path)
         values = np.array(flat, np.float32)
     return values.reshape(shape)
@@ -307,7 +307,8 @@ def write_response(
     head
         The fields besides the outputs.
     outputs
-        Name, values (strings become one-dimensional BYTES), and whether in binary form.
+        Name, values (strings become one-dimensional BYTES), and whether the output is in binary
+        form.
 
     Returns
     -------

@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A parsed request: the name in its path, its target, that model, and the content."""
+    """A parsed request: the name in its path, its target, the target's model, and the content."""
 
     name: str
     target: Target
@@ -128,7 +128,7 @@ def write(answered: Answered) -> Response:
 
 
 def parse_header_length(headers: Headers) -> int | None:
-    """Return the length of the JSON that binary tensors follow, or None without such a header."""
+    """Return the length of the JSON in front of the binary tensors; None without the header."""
     value = headers.get(HEADER_LENGTH)
     if value is None:
         return None

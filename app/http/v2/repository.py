@@ -67,10 +67,10 @@ def router(
         """Serve the versions of a model that the models folder holds."""
         asked = await read_optional(request, LoadRequest)
         if asked.parameters:
-            # Triton takes a model's files from here.
+            # In Triton's protocol the parameters can hold a model's files.
             raise InputError("parameters", "none are allowed: models come from the models folder")
         await load(name)
-        # Only now: the other workers load the accepted versions even if some are refused.
+        # Raised only now, so that the other workers, too, load the accepted versions.
         if faults := "; ".join(registry.faults(name)):
             raise LoadError(faults)
         return Response()
