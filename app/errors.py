@@ -62,6 +62,10 @@ class DeviceUnavailable(StartError):
     """A device whose onnxruntime provider does not load."""
 
 
+class Misdirected(Exception):
+    """A request to a host that the service is not known by."""
+
+
 class Unauthorized(Exception):
     """A request without a known API key; the message never contains the key."""
 

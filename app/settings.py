@@ -56,10 +56,32 @@ class Settings(BaseSettings):
     receive_seconds: float = Field(
         20, gt=0, allow_inf_nan=False, description="how long a request may take to arrive"
     )
+    send_seconds: float = Field(
+        20,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a client may take to read 64 KiB of a response",
+    )
+    keep_alive_seconds: float = Field(
+        5,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long an idle connection is kept (longer than a balancer keeps its own)",
+    )
+    max_unread_bytes: int = Field(
+        128 * 2**20,
+        ge=1,
+        description="most bytes of long responses of a worker that clients have yet to read",
+    )
     api_keys_file: Path | None = Field(
         None, description="file of API keys (dropserve key new makes them)"
     )
     open: bool = Field(False, description="allow other than a loopback address without API keys")
+    hosts: str = Field(
+        "",
+        description="names that clients without an API key may call the service by, besides "
+        "loopback names and addresses, separated by commas; *: any",
+    )
     cors_origins: str = Field(
         "", description="origins whose pages may send requests, separated by commas; *: all"
     )
@@ -81,4 +103,13 @@ class Settings(BaseSettings):
 
     def origins(self) -> tuple[str, ...]:
         """Return the origins whose pages may send requests."""
-        return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
+        return listed(self.cors_origins)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names that clients without an API key may call the service by."""
+        return (self.host, *listed(self.hosts))
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Return the parts of a text between commas."""
+    return tuple(filter(None, map(str.strip, text.split(","))))

@@ -45,7 +45,7 @@ PROBE_SECONDS = 0.1
 # For memory to come back down.
 REST_SECONDS = 2.0
 START_SECONDS = 60
-LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 @dataclass
@@ -238,7 +238,7 @@ async def probe(port: int) -> float:
 def post(path: str, document: object) -> bytes:
     """Return a POST request with a JSON body."""
     body = json.dumps(document).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

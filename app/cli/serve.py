@@ -96,10 +96,13 @@ def command(arguments: Sequence[str], prog: str) -> int:
 def listen(host: str, port: int) -> socket.socket:
     """Open the port of an IPv4 or IPv6 address; ``host`` may also be a name.
 
+    All addresses of IPv6, ``::``, include those of IPv4.
+
     Raises
     ------
     OSError
         If the address cannot be resolved or is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    both = family == socket.AF_INET6 and socket.getaddrinfo(host, None)[0][4][0] == "::"
+    return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Response
 from fastapi import Request as FastAPIRequest
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -48,6 +49,7 @@ def create(
     *,
     debug: bool,
     max_body_bytes: int,
+    max_unread_bytes: int,
     context: Context,
     load: Callable[[str], Awaitable[None]],
     unload: Callable[[str], Awaitable[None]],
@@ -66,6 +68,8 @@ def create(
         Whether ``POST /debug/mc`` is on.
     max_body_bytes
         Longest request body.
+    max_unread_bytes
+        Most bytes of long responses that clients have yet to read.
     context
         Opens the record of each request.
     load, unload
@@ -78,6 +82,7 @@ def create(
         Origins whose pages may send requests; ``*``: any.
     """
     held_bodies = Admission(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
+    unread = Admission(max_unread_bytes, "bytes of responses that clients have yet to read")
 
     def endpoint(
         route: str,
@@ -96,11 +101,14 @@ def create(
             admission=service.admission,
             max_body_bytes=max_body_bytes,
             bodies=held_bodies,
+            unread=unread,
+            executor=service.executor,
         )
 
-    parse_predict = partial(parse_query, PredictRequest, PredictRequest.predict_query)
-    parse_mc = partial(parse_query, UncertaintyRequest, UncertaintyRequest.query)
-    parse_masks = partial(parse_query, MasksRequest, MasksRequest.query)
+    most = service.most_lists
+    parse_predict = partial(parse_query, PredictRequest, PredictRequest.predict_query, most)
+    parse_mc = partial(parse_query, UncertaintyRequest, UncertaintyRequest.query, most)
+    parse_masks = partial(parse_query, MasksRequest, MasksRequest.query, most)
     endpoints: dict[str, Endpoint[Any, Any]] = {
         each.route: each
         for each in (
@@ -120,8 +128,10 @@ def create(
         shutdown()
 
     rest = FastAPIOffline(
-        docs_url="/docs",
+        # Their links would be absolute, and miss the prefix that a proxy may strip.
+        docs_url=None,
         redoc_url=None,
+        servers=[{"url": "."}],
         title="dropserve",
         version=dropserve.__version__,
         description="Predictions of networks with dropout, and how sure they are of them.",
@@ -135,6 +145,17 @@ def create(
     application = Application(
         endpoints, infer_endpoint, infer.PATH.fullmatch, rest, context, origins
     )
+
+    @rest.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Return the page of the documentation."""
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="dropserve",
+            swagger_js_url="static-offline-docs/swagger-ui-bundle.js",
+            swagger_css_url="static-offline-docs/swagger-ui.css",
+            swagger_favicon_url="console/icon.svg",
+        )
 
     def guard(scope: KeyScope | None) -> Any:
         # FastAPI would call a plain function in a thread.

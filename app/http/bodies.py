@@ -3,8 +3,9 @@
 from collections.abc import Callable, KeysView, Mapping
 from functools import cache
 from http import HTTPStatus
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import orjson
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -17,6 +18,11 @@ from dropserve.app.errors import InputError
 JSON = b"application/json"
 # Bodies up to this size are not counted: a thousand of them take a few MB.
 SHORT_BYTES = 4096
+# Bytes of a body that one of its lists counts for: parsed, a list takes as much memory as the
+# numbers of so many bytes.
+LIST_WEIGHT = 6
+# JSON texts up to this length are parsed before their lists are known to be too many.
+COUNTED_BYTES = 2**16
 # Longest path of a field that an error repeats.
 LONGEST_PATH = 200
 # Set in the scope of a request that was refused because the queue is full: the server may then
@@ -101,8 +107,45 @@ async def read_body(
         message = await receive()
 
 
-def parse_json(headers: Headers, body: bytes | bytearray, schema: type[Parsed]) -> Parsed:
-    """Parse and validate a JSON body.
+def count_lists(text: bytes | bytearray | memoryview) -> int:
+    """Return the number of lists and objects that a JSON text can hold: of its opening brackets."""
+    # "[" and "{" differ in one bit. A string may hold them, too, but hardly a name or id.
+    return int(np.count_nonzero(np.frombuffer(text, np.uint8) | 0x20 == ord("{")))
+
+
+def load_json(
+    text: bytes | bytearray | memoryview, most_lists: Callable[[], int], part: str = "body"
+) -> Any:
+    """Parse a JSON text; a long one may hold at most ``most_lists()`` lists and objects.
+
+    The lists of a shorter one count as a part of its body (``LIST_WEIGHT``).
+
+    Raises
+    ------
+    InputError
+        If it holds more. Parsed, they can take forty times the memory of the text.
+    HTTPException
+        400 if it is not JSON; ``part`` names the text.
+    """
+    if len(text) > COUNTED_BYTES and (found := count_lists(text)) > (most := most_lists()):
+        raise InputError(
+            "inputs",
+            f"the {part} holds {found} lists and objects; as many rows as are allowed take at most "
+            f"{most}",
+        )
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the {part} is not JSON: {error}") from None
+
+
+def parse_json(
+    headers: Headers,
+    body: bytes | bytearray,
+    schema: type[Parsed],
+    most_lists: Callable[[], int],
+) -> Parsed:
+    """Parse and validate a JSON body, as ``load_json`` does.
 
     Raises
     ------
@@ -114,10 +157,7 @@ def parse_json(headers: Headers, body: bytes | bytearray, schema: type[Parsed]) 
     content_type = headers.get(b"content-type", b"")
     if content_type != JSON:
         check_media_type(content_type)
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
+    document = load_json(body, most_lists)
     # Before pydantic, which would describe each of a million unknown fields.
     known = field_names(schema)
     if isinstance(document, dict) and not document.keys() <= known:
@@ -152,9 +192,14 @@ def too_long(max_bytes: int) -> HTTPException:
     )
 
 
-def parse_query(schema: type[Parsed], query: Callable[[Parsed], Asked], request: Request) -> Asked:
+def parse_query(
+    schema: type[Parsed],
+    query: Callable[[Parsed], Asked],
+    most_lists: Callable[[], int],
+    request: Request,
+) -> Asked:
     """Parse the JSON body of a request, and return the query that it holds."""
-    return query(parse_json(request.headers, request.body, schema))
+    return query(parse_json(request.headers, request.body, schema, most_lists))
 
 
 def json_response(answer: Mapping[str, object]) -> Response:

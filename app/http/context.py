@@ -17,6 +17,7 @@ from dropserve.app.observability.metrics import Metrics
 from dropserve.app.observability.record import MAX_TIMEOUT_MS, RequestRecord
 from dropserve.app.observability.tracing import Spans
 from dropserve.app.security.api_keys import Keys, Scope
+from dropserve.app.security.hosts import Hosts
 
 # A client's request id is repeated only if it can do no harm in a header or the log.
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -30,6 +31,8 @@ class Context:
     ----------
     keys
         The API keys; None: no key is needed.
+    hosts
+        The names that clients without a key may call the service by.
     allow_local_admin
         Whether models may be changed without a key, since only this machine can connect.
     timeout_ms
@@ -42,6 +45,7 @@ class Context:
         self,
         *,
         keys: Keys | None,
+        hosts: Hosts,
         allow_local_admin: bool,
         timeout_ms: int,
         metrics: Metrics,
@@ -49,6 +53,7 @@ class Context:
         spans: Spans | None,
     ) -> None:
         self.keys = keys
+        self.hosts = hosts
         self.allow_local_admin = allow_local_admin
         self.time_limit = timeout_ms / 1000
         self.metrics = metrics
@@ -70,15 +75,18 @@ class Context:
         return OpenRequest(self, record)
 
     def check(self, record: RequestRecord, headers: Headers, scope: Scope | None) -> None:
-        """Check the API key of a request, and set its deadline.
+        """Check the host and the API key of a request, and set its deadline.
 
         Raises
         ------
+        Misdirected
+            As ``check_host`` does.
         Unauthorized, Forbidden
             If the request has no key, or one that is not valid for ``scope``.
         HTTPException
             400 if its deadline is not an allowed number.
         """
+        self.check_host(headers)
         if self.keys is not None:
             self.keys.check(headers, scope)
         elif scope == "admin" and (not self.allow_local_admin or b"origin" in headers):
@@ -94,6 +102,11 @@ class Context:
                     f"X-Request-Timeout-Ms must be a whole number from 1 to {MAX_TIMEOUT_MS}",
                 )
             record.time_limit = int(timeout) / 1000
+
+    def check_host(self, headers: Headers) -> None:
+        """Raise Misdirected if no key is needed and the request is to a foreign host."""
+        if self.keys is None:
+            self.hosts.check(headers.get(b"host", b""))
 
     def close(self, record: RequestRecord) -> None:
         """Count, log and trace a request whose response is out."""

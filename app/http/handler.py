@@ -15,22 +15,26 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dropserve.app.errors import Overloaded
+from dropserve.app.errors import Misdirected, Overloaded
 from dropserve.app.http import problems
 from dropserve.app.http.bodies import (
+    LIST_WEIGHT,
     PAUSE,
+    SHORT_BYTES,
     Headers,
     Request,
     Response,
     complete,
+    count_lists,
     read_body,
     send_response,
 )
 from dropserve.app.http.context import Context
 from dropserve.app.http.disconnect import DisconnectWatcher
 from dropserve.app.http.problems import RECORD
-from dropserve.app.inference.admission import Admission
-from dropserve.app.observability.record import RequestRecord
+from dropserve.app.inference.admission import Admission, Admitted
+from dropserve.app.inference.executor import Executor
+from dropserve.app.observability.record import CLIENT_DISCONNECTED, RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
 
 # Set in the scope of a request that holds a place in the queue until its handler starts.
@@ -38,6 +42,11 @@ RESERVED = "dropserve.reserved"
 # Route under which requests without a route are counted.
 UNKNOWN = "other"
 HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+# Bodies beyond this size are parsed aside from the event loop, which they would hold up for more
+# than some milliseconds.
+LONG_BYTES = 2**19
+# Responses up to this size are not counted: a thousand of them take a few dozen MB.
+SHORT_RESPONSE_BYTES = 2**16
 # Headers that pages of an allowed origin may send, and read.
 REQUEST_HEADERS = (
     *("authorization", "content-type", "inference-header-content-length", "traceparent"),
@@ -75,6 +84,10 @@ class Endpoint(Generic[Asked, Answered]):
         Longest body.
     bodies
         Accounts for the bytes of all bodies except short ones, of all endpoints.
+    unread
+        Accounts for the bytes of all long responses that their clients have yet to read.
+    executor
+        Where long bodies are parsed.
     """
 
     def __init__(
@@ -89,6 +102,8 @@ class Endpoint(Generic[Asked, Answered]):
         admission: Admission,
         max_body_bytes: int,
         bodies: Admission,
+        unread: Admission,
+        executor: Executor,
     ) -> None:
         self.route = route
         self.key_scope = key_scope
@@ -99,6 +114,8 @@ class Endpoint(Generic[Asked, Answered]):
         self.admission = admission
         self.max_body_bytes = max_body_bytes
         self.bodies = bodies
+        self.unread = unread
+        self.executor = executor
         self.disconnects = DisconnectWatcher()
 
     def shed(self, scope: Scope) -> Response | None:
@@ -135,8 +152,11 @@ class Endpoint(Generic[Asked, Answered]):
             self.bodies.acquire(size)
             held += size
 
-        def read() -> Awaitable[bytes | bytearray]:
-            return read_body(headers, receive, self.max_body_bytes, hold)
+        async def read() -> bytes | bytearray:
+            body = await read_body(headers, receive, self.max_body_bytes, hold)
+            if len(body) > SHORT_BYTES:
+                hold(LIST_WEIGHT * count_lists(body))
+            return body
 
         with self.context.request("POST", self.route, headers) as record:
             scope[RECORD] = record
@@ -148,7 +168,19 @@ class Endpoint(Generic[Asked, Answered]):
             finally:
                 self.bodies.release(held)
             scope[PAUSE] = record.rejected == "queue"
-            await send_response(send, response)
+            size = len(response.content)
+            if size <= SHORT_RESPONSE_BYTES:
+                await send_response(send, response)
+                return
+            try:
+                with Admitted(self.unread, size, 0):
+                    await send_response(send, response)
+            except Overloaded as full:
+                refusal = problems.respond(full, scope["path"], record)
+                await send_response(send, complete(refusal, record.id))
+            # As ASGI has it for a client that is gone.
+            except OSError:
+                record.rejected, record.status = "unread", CLIENT_DISCONNECTED
 
     async def respond(
         self,
@@ -181,7 +213,7 @@ class Endpoint(Generic[Asked, Answered]):
             self.admission.check()
             # No name refers to the body: it is freed once parsed, and so makes room for its
             # numbers, which take ten times its memory.
-            asked = self.parse(Request(path, headers, await read()))
+            asked = await self._parse(Request(path, headers, await read()))
             response = self.write(await watch(self.ask(asked, record)))
             record.status = response.status
         except ClientDisconnect:
@@ -193,6 +225,12 @@ class Endpoint(Generic[Asked, Answered]):
         except Exception as error:
             response = problems.respond(error, path, record)
         return complete(response, record.id)
+
+    async def _parse(self, request: Request) -> Asked:
+        """Parse a request, aside from the event loop if it is long."""
+        if len(request.body) <= LONG_BYTES:
+            return self.parse(request)
+        return await self.executor.submit(partial(self.parse, request), long=True)
 
 
 class Application:
@@ -270,8 +308,20 @@ class Application:
                     record.status = message["status"]
                     request_id = (b"x-request-id", record.id.encode())
                     message["headers"] = [*message.get("headers", ()), request_id]
-                await send(message)
+                try:
+                    await send(message)
+                except OSError:
+                    record.rejected, record.status = "unread", CLIENT_DISCONNECTED
 
+            try:
+                self.context.check_host(headers)
+            except Misdirected as error:
+                response = problems.respond(error, scope["path"], record)
+                await send_response(send, complete(response, record.id))
+                return
+            if scope["method"] == "HEAD":
+                # As GET (RFC 9110, section 9.3.2); the server leaves out the content.
+                scope = {**scope, "method": "GET"}
             try:
                 await self.rest(scope, receive, send_with_id)
             except Exception:

@@ -42,7 +42,7 @@ KEYS = {
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 # Statuses of refusals: of any request, of one with a body, of one that needs a key.
-REFUSED = (400, 404, 500, 503)
+REFUSED = (400, 404, 421, 500, 503)
 REFUSED_BODY = (408, 413, 415, 422, 504)
 REFUSED_KEY = (401, 403)
 VERSION = {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"}
@@ -126,7 +126,11 @@ def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
 def constant_part(app: FastAPI, *, keys: bool) -> Schema:
     """Return the part that does not depend on the models."""
     written = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        servers=app.servers,
     )
     models: list[type[BaseModel]] = [Problem, ProtocolError]
     for each in ENDPOINTS.values():

@@ -19,6 +19,7 @@ from dropserve.app.errors import (
     Forbidden,
     InputError,
     LoadError,
+    Misdirected,
     Overloaded,
     Unauthorized,
     UnknownModel,
@@ -43,6 +44,7 @@ REFUSALS = (
     LoadError,
     Overloaded,
     DeadlineExceeded,
+    Misdirected,
     Unauthorized,
     Forbidden,
 )
@@ -80,6 +82,8 @@ def problem_of(error: Exception) -> Problem:
             return Problem(503, str(error), "queue", headers={"retry-after": str(error.seconds)})
         case DeadlineExceeded():
             return Problem(504, str(error), "deadline")
+        case Misdirected():
+            return Problem(421, str(error), "host")
         case Unauthorized():
             challenge = {"www-authenticate": 'Bearer realm="dropserve"'}
             return Problem(401, str(error), "unauthorized", headers=challenge)

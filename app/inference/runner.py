@@ -56,7 +56,10 @@ class ModelRunner:
         self.engine = engine
         self.executor = executor
         self.manifest = engine.manifest
-        self.row_length = math.prod(self.manifest.input.shape)
+        shape = self.manifest.input.shape
+        self.row_length = math.prod(shape)
+        # Lists in a row that is nested to the shape.
+        self.lists_a_row = sum(math.prod(shape[:depth]) for depth in range(len(shape)))
         self.is_classifier = self.manifest.task == "classification"
         self.labels = self.manifest.outputs.labels
         self.identity = answers.identity(self.manifest)

@@ -25,6 +25,8 @@ from dropserve.app.uncertainty.summary import Summary
 # Most numbers in the samples of an answer that needs all of them at once: one that shows the
 # passes, and one with a tolerance, which cannot tell beforehand how many passes it takes.
 MAX_KEPT_VALUES = 1_000_000
+# Lists and objects that a request may hold beside its rows.
+LISTS_BESIDE = 1000
 
 
 class Service:
@@ -119,6 +121,17 @@ class Service:
                 for site in runner.manifest.sites
             ],
         }
+
+    def most_lists(self) -> int:
+        """Return the most lists and objects that the JSON of an allowed request may hold."""
+        # Copies, as this may be called in another thread than the one that changes the models.
+        models = [
+            each
+            for versions in list(self.registry.served.values())
+            for each in list(versions.values())
+        ]
+        a_row = max((model.lists_a_row for model in models), default=1)
+        return LISTS_BESIDE + self.max_rows * a_row
 
     def status(self) -> Answer:
         """Return the served versions of each model, and the device that runs them."""

@@ -23,6 +23,7 @@ from dropserve.app.observability.metrics import Snapshot
 from dropserve.app.processes.ipc import Group
 from dropserve.app.processes.supervisor import Start
 from dropserve.app.security.api_keys import Keys
+from dropserve.app.security.hosts import Hosts
 from dropserve.app.security.loopback import is_loopback
 from dropserve.app.server.connection import Limits, connection_class
 from dropserve.app.server.server import Server
@@ -84,6 +85,7 @@ class Worker:
             allow_local_admin=is_loopback(settings.host),
             timeout_ms=settings.timeout_ms,
             metrics=self.metrics,
+            hosts=Hosts(settings.names()),
             log=logs.RequestLog(sys.stderr.fileno()),
             spans=self.spans,
         )
@@ -94,6 +96,7 @@ class Worker:
             self.service,
             debug=settings.debug,
             max_body_bytes=settings.max_body_bytes,
+            max_unread_bytes=settings.max_unread_bytes,
             context=self.context,
             load=lambda name: self.group.change(Load(name)),
             unload=lambda name: self.group.change(Unload(name)),
@@ -102,7 +105,12 @@ class Worker:
             shutdown=self.shutdown,
             origins=settings.origins(),
         )
-        limits = Limits(settings.max_connections, settings.max_head_bytes, settings.receive_seconds)
+        limits = Limits(
+            settings.max_connections,
+            settings.max_head_bytes,
+            settings.receive_seconds,
+            settings.send_seconds,
+        )
         self.server = Server(
             uvicorn.Config(
                 self.application,
@@ -115,6 +123,8 @@ class Worker:
                 access_log=False,
                 server_header=False,
                 ws="none",
+                # Declared as an int, but only ever passed on as a timeout.
+                timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]
                 log_config=None,
                 log_level="warning",
             ),

@@ -23,6 +23,8 @@ CROWD = 64
 # How long a refused client may go on sending. After an immediate close the kernel would answer it
 # with a reset, which can overtake the refusal.
 LINGER_SECONDS = 1.0
+# Pauses between probes of a client that sends no more: the first, doubled each time, up to a limit.
+PROBE_SECONDS, LONGEST_PROBE_SECONDS = 0.05, 5.0
 
 
 class State(ServerState):
@@ -53,11 +55,15 @@ class Limits:
     receive_seconds
         Longest time for the head of a request to arrive, from its first byte (or from connecting),
         and again for its body.
+    send_seconds
+        Longest time in which a client may read less than `LEAST_READ_BYTES` of its responses while
+        more is left.
     """
 
     connections: int
     head_bytes: int
     receive_seconds: float
+    send_seconds: float
 
 
 class Connection(ResponseProtocol):
@@ -78,7 +84,14 @@ class Connection(ResponseProtocol):
         application: ServedApplication,
         limits: Limits,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop, application=application)
+        super().__init__(
+            config,
+            server_state,
+            app_state,
+            _loop,
+            application=application,
+            send_seconds=limits.send_seconds,
+        )
         self.limits = limits
         self.last = server_state.draining
         # Scope of the last request whose head is complete, and whether its body is complete, too.
@@ -90,7 +103,8 @@ class Connection(ResponseProtocol):
         self.deaf = False
         # Bytes since the last complete request, or the last part of a body.
         self.unused = 0
-        # Runs while a part of a request is missing, and while a refused client may go on sending.
+        # Runs while a part of a request is missing, while a refused client may go on sending, and
+        # while a client that sends no more waits for its response.
         self.timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # as uvicorn has it
@@ -154,8 +168,35 @@ class Connection(ResponseProtocol):
         elif self.timer is None:
             self.timer = self.loop.call_later(self.limits.receive_seconds, self._late)
 
+    def eof_received(self) -> bool:  # type: ignore[override] # as asyncio has it
+        """Keep the connection open if its client waits for a response, and will send no more.
+
+        Such a client looks like one that is gone until something is written to it: `_probe`.
+        """
+        if not self.whole or not self._is_answering():
+            return False
+        self.end_after_answer()
+        self.timer = self.loop.call_later(PROBE_SECONDS, self._probe, 2 * PROBE_SECONDS)
+        return True
+
+    def _probe(self, next_seconds: float) -> None:
+        """Find out whether a client that sends no more is still there.
+
+        The system of one that is gone answers any bytes with a reset, and the connection is then
+        lost at the next write. The bytes are an interim response, which a client may get at any
+        time before the final one (RFC 9110, section 15.2); clients of HTTP/1.0 know none.
+        """
+        self.timer = None
+        cycle = self.cycle
+        if not self._is_answering() or cycle.response_started or self.transport.is_closing():
+            return
+        if not self.pipeline and cycle.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        longer = min(LONGEST_PROBE_SECONDS, 2 * next_seconds)
+        self.timer = self.loop.call_later(next_seconds, self._probe, longer)
+
     def on_headers_complete(self) -> None:
-        """Start on a request, if its head is not too long."""
+        """Start on a request, if its head is valid and not too long."""
         # Measured only where it can be too long: parts may have arrived with the previous request.
         if self.timer is not None or self.unused > self.limits.head_bytes:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -164,11 +205,32 @@ class Connection(ResponseProtocol):
                 # Ends parsing.
                 raise ValueError
             self._stop_timer()
+        self._check_head()
         super().on_headers_complete()
         if self.upgrades:
             return
         self.headed = self.scope
         self.whole = False
+
+    def _check_head(self) -> None:
+        """Refuse a head that the parser takes, but whose meaning another server may see otherwise.
+
+        Raises ValueError, which ends parsing.
+        """
+        names = [name for name, _ in self.headers]
+        hosts = names.count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            # RFC 9112, section 3.2.
+            self._refuse(HTTPStatus.BAD_REQUEST, f"one Host header is needed, not {hosts}")
+            raise ValueError
+        if b"transfer-encoding" in names:
+            codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+            if [coding.lower() for coding in codings] != [b"chunked"]:
+                # RFC 9112, section 6.1.
+                self._refuse(
+                    HTTPStatus.NOT_IMPLEMENTED, "the only transfer coding taken is 'chunked'"
+                )
+                raise ValueError
 
     def _should_upgrade(self) -> bool:
         # Makes uvicorn leave the request alone. A CONNECT has no address that it understands.
@@ -216,9 +278,17 @@ class Connection(ResponseProtocol):
         return self.headed is not None and not self.cycle.response_complete
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, unless part of a request has arrived."""
+        """Close an idle connection, unless part of a request has arrived.
+
+        A connection is not idle while its client still reads a response.
+        """
         self.timeout_keep_alive_task = None
-        if self.timer is None:
+        if self.unread():
+            self.limit_reading()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        elif self.timer is None:
             self._close_idle()
 
     def _close_idle(self) -> None:

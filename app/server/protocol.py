@@ -3,9 +3,15 @@
 Refused requests would otherwise take time from the admitted ones.
 """
 
+import fcntl
+import os
 import random
+import socket
+import struct
+import termios
 from asyncio import AbstractEventLoop, CancelledError, TimerHandle
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol, cast
@@ -25,6 +31,8 @@ from dropserve.app.http.bodies import PAUSE, Response
 # Longest pause in reading from a client that was refused because the queue is full. It doubles with
 # each further refusal, up to a limit.
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0
+# What a client must read of its responses in ``send_seconds``, unless less is left.
+LEAST_READ_BYTES = 64 * 2**10
 
 
 class ServedApplication(Protocol):
@@ -51,6 +59,15 @@ def has_length(start: Message) -> bool:
     return b"content-length" in dict(start.get("headers", ()))
 
 
+def unacknowledged(descriptor: int) -> int:
+    """Return how many bytes the kernel holds for a socket until its peer has received them."""
+    # The socket may be closed already.
+    with suppress(OSError):
+        size: int = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0]
+        return size
+    return 0
+
+
 class ResponseProtocol(HttpToolsProtocol):
     """A client's connection, as far as responses are concerned."""
 
@@ -62,9 +79,17 @@ class ResponseProtocol(HttpToolsProtocol):
         _loop: AbstractEventLoop | None = None,
         *,
         application: ServedApplication,
+        send_seconds: float,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.application = application
+        self.send_seconds = send_seconds
+        # Bytes of all responses so far.
+        self.written = 0
+        # Runs while the client leaves a response unread; and what it had read when last checked.
+        self.reading: TimerHandle | None = None
+        self.read = 0
+        self.lost = False
         # The head of the present response, until it is sent.
         self.start: Message | None = None
         # Whether the next response is the last.
@@ -80,8 +105,10 @@ class ResponseProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        if self.pause is not None:
-            self.pause.cancel()
+        self.lost = True
+        for timer in (self.pause, self.reading):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     # uvicorn and starlette have different types for the same ASGI.
@@ -117,7 +144,13 @@ class ResponseProtocol(HttpToolsProtocol):
     ) -> None:
         """Send a message of a response; head and body together if the body is one message.
 
-        uvicorn would make a system call for each, which cost more than the matrix products.
+        uvicorn would make a system call for each, which cost more than the matrix products. A long
+        response is sent once the client has read nearly all of it.
+
+        Raises
+        ------
+        ConnectionError
+            If the client has not read all of a response that is complete.
         """
         start, self.start = self.start, None
         if message["type"] == "http.response.start":
@@ -125,20 +158,30 @@ class ResponseProtocol(HttpToolsProtocol):
             self.start = message
         elif start is None:
             await uvicorn_send(message)
+            self._wrote(len(message.get("body", b"")))
         elif message.get("more_body") or not has_length(start):
             await uvicorn_send(start)
             await uvicorn_send(message)
+            self._wrote(len(message.get("body", b"")))
         else:
-            if self.flow.write_paused and not cycle.disconnected:
-                try:
-                    await self.flow.drain()
-                except CancelledError:
-                    # The grace period of the shutdown is over, and the client still does not read.
-                    cycle.disconnected = True
-                    self.transport.abort()
-            if not cycle.disconnected:
+            if self.flow.write_paused:
+                await self._drain()
+            if not cycle.disconnected and not self.lost:
                 content = message.get("body", b"") if cycle.scope["method"] != "HEAD" else b""
                 self._respond(cycle, Response(start["status"], content, start["headers"]))
+                if self.flow.write_paused:
+                    await self._drain()
+                    if self.lost:
+                        raise ConnectionError("the client has not read its response")
+
+    async def _drain(self) -> None:
+        """Wait until the client has read nearly all that was written, or is gone."""
+        try:
+            await self.flow.drain()
+        except CancelledError:
+            # The grace period of the shutdown is over, and the client still does not read.
+            self.lost = True
+            self.transport.abort()
 
     def _respond(self, cycle: RequestResponseCycle, response: Response) -> None:
         """Write a complete response, and go on with the next request."""
@@ -161,7 +204,42 @@ class ResponseProtocol(HttpToolsProtocol):
         if not keep_alive:
             parts.append(b"connection: close\r\n")
         parts += (b"\r\n", response.content)
-        self.transport.write(b"".join(parts))
+        content = b"".join(parts)
+        self.transport.write(content)
+        self._wrote(len(content))
+
+    def _wrote(self, size: int) -> None:
+        """Count written bytes; if the client does not read them at once, limit its time."""
+        self.written += size
+        if self.reading is None and self.transport.get_write_buffer_size():
+            self.limit_reading()
+
+    def unread(self) -> int:
+        """Return the bytes written that have not reached the client."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        return self.transport.get_write_buffer_size() + unacknowledged(descriptor)
+
+    def limit_reading(self) -> None:
+        """Begin to check that the client reads."""
+        if self.reading is None and not self.lost:
+            self.read = self.written - self.unread()
+            self.reading = self.loop.call_later(self.send_seconds, self._check_reading)
+
+    def _check_reading(self) -> None:
+        """End the connection if its client has hardly read since the last check."""
+        self.reading = None
+        unread = self.unread()
+        if not unread:
+            return
+        if self.written - unread - self.read >= LEAST_READ_BYTES:
+            self.limit_reading()
+            return
+        # With a reset, so that neither the kernel keeps the rest of the response nor the client
+        # takes it for complete.
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def on_response_complete(self) -> None:
         """Go on with the next request; pause first if the queue was full."""

@@ -230,7 +230,7 @@ def test_a_long_body_is_refused_from_its_header_before_it_is_sent(small: httpx.C
     address = (small.base_url.host, small.base_url.port or 80)
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 1000000000\r\n\r\n"
         )
         connection.shutdown(socket.SHUT_WR)
@@ -262,7 +262,8 @@ def test_a_body_that_breaks_off_leaves_one_line_in_the_log(
         for _ in range(3):
             with socket.create_connection(address, timeout=10) as connection:
                 connection.sendall(
-                    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Content-Type: application/json\r\n"
                     b"Content-Length: 1000\r\n\r\n{"
                 )
         assert send(client, "/predict", body()).status_code == 200

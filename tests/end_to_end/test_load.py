@@ -106,7 +106,7 @@ def test_short_requests_are_answered_while_a_long_query_runs(
 
 def test_a_client_that_leaves_costs_nothing_more(served: httpx.Client, examples: Examples) -> None:
     body = json.dumps(long_query(examples)).encode()
-    head = "POST /uncertainty HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /uncertainty HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     before = passes_run(served)
     for _ in range(5):

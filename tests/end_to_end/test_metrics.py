@@ -181,7 +181,7 @@ def test_a_body_that_is_not_valid_http_is_logged_with_the_id_and_status_of_its_r
     built: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     head = (
-        b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"x-request-id: broken\r\ntransfer-encoding: chunked\r\n\r\n"
     )
     with service(built / "models") as client:

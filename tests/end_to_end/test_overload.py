@@ -104,7 +104,7 @@ def test_a_request_to_a_full_queue_is_refused_before_its_body_is_sent(
         url = f"{client.base_url}/uncertainty"
         long = pool.submit(httpx.post, url, json=long_query(examples, 40), timeout=60)
         wait_for(lambda: held(client))
-        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: https://a.example\r\n"
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nOrigin: https://a.example\r\n"
         head += b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
         with socket.create_connection(("127.0.0.1", client.base_url.port or 80), 30) as sender:
             sender.sendall(head)
@@ -121,7 +121,9 @@ def test_a_request_to_a_full_queue_is_refused_before_its_body_is_sent(
 def test_hundreds_of_pipelined_requests_to_a_full_queue_are_all_answered(
     narrow: httpx.Client, examples: Examples
 ) -> None:
-    sent = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + 600 * overload.post("/predict", {})
+    sent = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + 600 * overload.post(
+        "/predict", {}
+    )
     address = ("127.0.0.1", narrow.base_url.port or 80)
     url = f"{narrow.base_url}/uncertainty"
     with ThreadPoolExecutor(1) as pool:
@@ -248,6 +250,49 @@ def test_many_bodies_at_once_take_no_more_memory_than_a_few(
         assert memory(client, "VmHWM") < before + 11 * most
         # All of it is released.
         assert client.post("/predict", json=body).status_code == 200
+
+
+BRACKETS = {
+    "nested": b"[" * 500 + b"]" * 500,
+    "empty lists": b"[]",
+    "empty objects": b"{}",
+    "objects": b'{"a":1}',
+}
+
+
+@pytest.mark.parametrize("part", BRACKETS.values(), ids=BRACKETS.keys())
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/digits/infer"])
+def test_bodies_of_brackets_cost_little(built: Path, part: bytes, path: str) -> None:
+    size = 4 * 2**20
+    filled = b",".join([part] * ((size - 100) // (len(part) + 1)))
+    if path == "/predict":
+        content = b'{"model":"digits","inputs":[%b]}' % filled
+    else:
+        content = b'{"inputs":[{"name":"x","shape":[1,64],"datatype":"FP32","data":[%b]}]}' % filled
+    assert len(content) <= size
+    headers = {"content-type": "application/json"}
+    with service(built / "models") as client, ThreadPoolExecutor(8) as pool:
+        before = memory(client, "VmHWM")
+        post = partial(httpx.post, headers=headers, content=content, timeout=60)
+        asked = [pool.submit(post, f"{client.base_url}{path}") for _ in range(8)]
+        # In between they are answered, too.
+        assert client.get("/health/live").status_code == 200
+        for each in asked:
+            refusal = each.result()
+            assert refusal.status_code in ({422, 503} if path == "/predict" else {400, 503})
+        assert any("lists and objects" in each.result().text for each in asked)
+        # The bodies, and copies of them on their way.
+        assert memory(client, "VmHWM") < before + 3 * 8 * size
+
+
+def test_a_body_of_as_many_rows_as_are_allowed_is_answered(built: Path) -> None:
+    with service(built / "models") as client:
+        rows = [[0.5] * 64] * 4096
+        response = client.post("/predict", json={"model": "digits", "inputs": rows})
+        assert (response.status_code, len(response.json()["labels"])) == (200, 4096)
+        response = client.post("/predict", json={"model": "digits", "inputs": [*rows, rows[0]]})
+        assert response.status_code == 422
+        assert "at most 4096 rows are allowed, not 4097" in response.json()["detail"]
 
 
 def test_a_request_on_a_connection_beyond_the_limit_holds_no_place_in_the_queue(

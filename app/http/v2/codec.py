@@ -13,7 +13,7 @@ https://github.com/triton-inference-server/server, ``docs/protocol/extension_bin
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import InputError
+from dropserve.app.http.bodies import load_json
 from dropserve.app.inference.rows import LARGEST, LISTS, NUMBERS, check_numbers, json_type, packed
 
 Buffer = bytes | bytearray
@@ -79,7 +80,9 @@ class InferRequest:
     binary: bool
 
 
-def parse_request(body: Buffer, header_length: int | None) -> InferRequest:
+def parse_request(
+    body: Buffer, header_length: int | None, most_lists: Callable[[], int]
+) -> InferRequest:
     """Parse the body of a request.
 
     Parameters
@@ -88,6 +91,8 @@ def parse_request(body: Buffer, header_length: int | None) -> InferRequest:
         JSON, followed by the binary tensors.
     header_length
         Bytes of JSON, from ``Inference-Header-Content-Length``; None: all.
+    most_lists
+        Returns the most lists and objects that the JSON may hold, if it is long.
 
     Raises
     ------
@@ -103,11 +108,8 @@ def parse_request(body: Buffer, header_length: int | None) -> InferRequest:
             f"Inference-Header-Content-Length must be from 0 to {len(body)}, the length of the "
             f"body, not {length}",
         )
-    try:
-        document = orjson.loads(memoryview(body)[:length])
-    except orjson.JSONDecodeError as error:
-        part = "body" if header_length is None else f"body, in its first {length} bytes,"
-        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the {part} is not JSON: {error}") from None
+    part = "body" if header_length is None else f"body, in its first {length} bytes,"
+    document = load_json(memoryview(body)[:length], most_lists, part)
     request = read_object(document, "body", REQUEST_FIELDS)
     parameters = read_parameters(request, "parameters")
     said = parameters.pop("binary_data_output", None)

@@ -33,6 +33,8 @@ from dropserve.export.bundle import RESERVED_SUFFIX as MC
 ROUTES = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
 PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 HEADER_LENGTH = b"inference-header-content-length"
+# Content types that forms have.
+SIMPLE_TYPES = (b"application/x-www-form-urlencoded", b"multipart/form-data", b"text/plain")
 # Parameters that NAME.mc takes.
 PARAMETERS = ("passes", "seed", "masks", "tolerance")
 
@@ -88,7 +90,9 @@ class Infer:
         assert found
         target = parse_target(found[1], found[2])
         runner = self.service.registry.find(target.name, target.version)
-        content = codec.parse_request(request.body, parse_header_length(request.headers))
+        check_content_type(request.headers)
+        length = parse_header_length(request.headers)
+        content = codec.parse_request(request.body, length, self.service.most_lists)
         return Asked(found[1], target, runner, content)
 
     async def answer(self, asked: Asked, record: RequestRecord) -> Answered:
@@ -125,6 +129,23 @@ def write(answered: Answered) -> Response:
         return Response(200, content, [(b"content-type", JSON)])
     header_length = (HEADER_LENGTH, str(length).encode())
     return Response(200, content, [(b"content-type", b"application/octet-stream"), header_length])
+
+
+def check_content_type(headers: Headers) -> None:
+    """Raise HTTPException (415) for a content type that a foreign page may send unasked.
+
+    A browser sends a page's request to another origin at once, and only then tells the page that it
+    may not read the response, if its content type is that of a form, plain text, or left out (the
+    Fetch standard, "CORS-safelisted request-header"). Clients that are no browsers, tritonclient
+    among them, may leave it out, too; a browser says the page's origin.
+    """
+    content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if content_type in SIMPLE_TYPES or (not content_type and b"origin" in headers):
+        said = content_type.decode("latin-1") or "left out"
+        raise HTTPException(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"the content type must be application/json or application/octet-stream, not {said!r}",
+        )
 
 
 def parse_header_length(headers: Headers) -> int | None:

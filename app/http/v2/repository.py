@@ -15,14 +15,14 @@ from dropserve.app.http.bodies import JSON, Parsed, parse_json, read_body
 from dropserve.app.http.schemas import IndexRequest, LoadRequest, VersionState
 from dropserve.app.inference.registry import Registry
 
-MAX_BODY_BYTES = 2**16
+MAX_BODY_BYTES, MOST_LISTS = 2**16, 1000
 
 
 async def read_optional(request: Request, schema: type[Parsed]) -> Parsed:
     """Read and parse a body that clients may leave out."""
     headers = dict(request.scope["headers"])
     content = await read_body(headers, request.receive, MAX_BODY_BYTES)
-    return parse_json({b"content-type": JSON}, content or b"{}", schema)
+    return parse_json({b"content-type": JSON}, content or b"{}", schema, lambda: MOST_LISTS)
 
 
 def router(

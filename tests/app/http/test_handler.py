@@ -14,11 +14,13 @@ from dropserve.app.http.bodies import Response
 from dropserve.app.http.context import Context
 from dropserve.app.http.handler import Application, Endpoint
 from dropserve.app.inference.admission import Admission
+from dropserve.app.inference.executor import Executor
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.inference.service import Service
 from dropserve.app.observability.logs import RequestLog
 from dropserve.app.observability.metrics import Metrics
 from dropserve.app.observability.record import RequestRecord
+from dropserve.app.security.hosts import Hosts
 
 JSON = {b"content-type": b"application/json"}
 
@@ -28,6 +30,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Context]:
     with (tmp_path_factory.mktemp("log") / "log").open("w") as log:
         yield Context(
             keys=None,
+            hosts=Hosts(()),
             allow_local_admin=False,
             timeout_ms=60_000,
             metrics=Metrics(),
@@ -53,6 +56,7 @@ def application(built: Path, context: Context) -> Iterator[Application]:
         service,
         debug=False,
         max_body_bytes=10_000,
+        max_unread_bytes=10_000_000,
         context=context,
         load=nothing,
         unload=nothing,
@@ -150,6 +154,8 @@ def test_a_fault_of_the_service_is_logged_and_tells_the_client_nothing(
         admission=Admission(1),
         max_body_bytes=1,
         bodies=Admission(1),
+        unread=Admission(1),
+        executor=Executor(),
     )
     with caplog.at_level(logging.ERROR):
         response, record = handled(endpoint, "/x", {})

@@ -36,6 +36,9 @@ SLOW = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n"
 SLOW_SECONDS = 0.45
 BUSY = b"GET /busy HTTP/1.1\r\nhost: x\r\n\r\n"
 BUSY_SECONDS = 1.2
+LONG = b"GET /long HTTP/1.1\r\nhost: x\r\n\r\n"
+# Too much for the kernel's buffers.
+LONG_BYTES = 16 * 2**20
 TOO_LONG = "Request Header Fields Too Large"
 # Polls of 0.1 s, and the grace period for open connections.
 SOON_SECONDS = 0.6
@@ -49,7 +52,8 @@ class Options(TypedDict, total=False):
     connections: int
     head_bytes: int
     receive_seconds: float
-    keep_alive: int
+    send_seconds: float
+    keep_alive: float
     drain_delay: float
     drain_seconds: float
     loop: str
@@ -74,6 +78,13 @@ class Toy:
                 await answer(send, 503, b"full")
             case "/early":
                 await answer(send, 200, b"early")
+            case "/long":
+                await answer(send, 200, bytes(LONG_BYTES))
+                print("over", flush=True)
+            case "/left":
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                print("left", flush=True)
             case "/unread":
                 await asyncio.sleep(SLOW_SECONDS)
                 await echo(receive, send)
@@ -105,7 +116,10 @@ class Toy:
 async def answer(send: Any, status: int, body: bytes) -> None:
     headers = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    with suppress(ConnectionError):
+        await send({"type": "http.response.body", "body": body})
+        return
+    print("unread", flush=True)
 
 
 async def echo(receive: Any, send: Any) -> None:
@@ -137,6 +151,7 @@ def serve(options: Options) -> None:
         options.get("connections", 100),
         options.get("head_bytes", 4096),
         options.get("receive_seconds", 30),
+        options.get("send_seconds", 30),
     )
     config = uvicorn.Config(
         toy,
@@ -148,7 +163,8 @@ def serve(options: Options) -> None:
         access_log=False,
         ws="none",
         log_level="warning",
-        timeout_keep_alive=options.get("keep_alive", 5),
+        # Declared as an int, but only ever passed on as a timeout.
+        timeout_keep_alive=options.get("keep_alive", 5),  # type: ignore[arg-type]
     )
     server = Server(
         config,
@@ -481,6 +497,150 @@ def test_a_request_that_came_before_the_idle_timeout_is_answered(before: bytes) 
         assert one(client).endswith(b"in time")
         # After that both are idle.
         assert rest(client) == rest(silent) == b""
+
+
+# Slow readers
+
+FREE = b"POST /echo HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 4\r\n\r\nfree"
+
+
+@contextmanager
+def slow_reader(server: Running) -> Iterator[socket.socket]:
+    """Connect with a small buffer, so that what the client does not read stays with the server."""
+    with socket.socket() as client:
+        client.settimeout(WAIT_SECONDS)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        yield client
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_client_may_read_more_slowly_than_the_idle_timeout(loop: str) -> None:
+    with running(keep_alive=0.2, loop=loop) as server, slow_reader(server) as client:
+        client.sendall(LONG)
+        received = b""
+        # Long pauses, and several of them at a point where the kernel holds all that is left.
+        for size in (2**20, LONG_BYTES - 2**22, 2**20, 2**20):
+            time.sleep(0.5)
+            received += exactly(client, size)
+        time.sleep(0.5)
+        client.sendall(HEALTH)
+        received += until(client, b"health")
+        body = received.partition(b"\r\n\r\n")[2]
+        assert body[:LONG_BYTES] == bytes(LONG_BYTES)
+        assert body[LONG_BYTES:].startswith(b"HTTP/1.1 200 OK\r\n")
+        # Now it is idle.
+        assert rest(client) == b""
+
+
+def exactly(client: socket.socket, size: int) -> bytes:
+    """Receive a number of bytes."""
+    received = b""
+    while len(received) < size:
+        more = client.recv(min(65536, size - len(received)))
+        assert more, "closed before the response was complete"
+        received += more
+    return received
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("close", [b"", b"connection: close\r\n"], ids=["kept", "closed"])
+def test_a_client_that_does_not_read_is_disconnected(loop: str, close: bytes) -> None:
+    with running(connections=2, send_seconds=0.5, loop=loop) as server, ExitStack() as stack:
+        clients = [stack.enter_context(slow_reader(server)) for _ in range(2)]
+        for client in clients:
+            client.sendall(LONG.replace(b"\r\n", b"\r\n" + close, 1))
+        assert [server.line() for _ in range(4)].count("unread") == 2
+        for client in clients:
+            with pytest.raises(ConnectionResetError):
+                rest(client)
+        # Their places are free again.
+        assert server.ask(FREE).endswith(b"free")
+
+
+def test_a_client_that_pipelines_short_requests_and_does_not_read_is_disconnected() -> None:
+    with (
+        running(connections=1, keep_alive=0.2, send_seconds=0.5) as server,
+        slow_reader(server) as client,
+    ):
+        client.sendall(1_000 * post(b"a" * 1000))
+        assert server.ask(FREE).endswith(b"crowded")
+        wait_for(lambda: server.ask(FREE).endswith(b"free"))
+        with pytest.raises(ConnectionResetError):
+            rest(client)
+
+
+def test_a_client_that_reads_steadily_may_take_long() -> None:
+    with running(send_seconds=0.3) as server, slow_reader(server) as client:
+        client.sendall(LONG)
+        received = exactly(client, LONG_BYTES - 2**24 + 2**17)
+        for _ in range(8):
+            time.sleep(0.1)
+            received += exactly(client, 2**17)
+        received += exactly(client, LONG_BYTES - len(received))
+        assert server.line() == "over"
+
+
+# Clients that send no more
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_request_is_answered_though_its_client_will_send_no_more(
+    loop: str, version: bytes
+) -> None:
+    with running(loop=loop) as server:
+        for sent in (HEALTH, SLOW, HEALTH + SLOW):
+            with server.connect() as client:
+                client.sendall(sent.replace(b"HTTP/1.1", b"HTTP/" + version))
+                client.shutdown(socket.SHUT_WR)
+                received = rest(client)
+            received = received.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            # A connection of HTTP/1.0 is closed after the first response.
+            bodies = [b"health"] * (HEALTH in sent) + [b"slow"] * (SLOW in sent)
+            bodies = bodies if version == b"1.1" else bodies[:1]
+            assert received.count(b"HTTP/1.1 200 OK\r\n") == len(bodies)
+            assert received.endswith(bodies[-1])
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_the_application_is_told_that_a_client_has_left(loop: str) -> None:
+    with running(loop=loop) as server:
+        with server.connect() as client:
+            client.sendall(LONG.replace(b"/long", b"/left"))
+            time.sleep(0.1)
+        assert server.line() == "left"
+
+
+@pytest.mark.parametrize(
+    "host", [b"", b"host: x\r\nhost: x\r\n", b"host: x\r\nHost: y\r\n"], ids=str
+)
+def test_a_request_without_one_host_is_refused(server: Running, host: bytes) -> None:
+    received = server.ask(HEALTH.replace(b"host: x\r\n", host))
+    check_problem(received, 400, "Bad Request")
+
+
+def test_a_request_of_an_older_version_needs_no_host(server: Running) -> None:
+    assert server.ask(b"GET /health HTTP/1.0\r\n\r\n").endswith(b"health")
+
+
+@pytest.mark.parametrize(
+    ("coding", "status"),
+    [(b"gzip, chunked", 501), (b"gzip", 501), (b"identity", 501), (b"chunked, chunked", 400)],
+)
+def test_a_transfer_coding_other_than_chunked_is_refused(
+    server: Running, coding: bytes, status: int
+) -> None:
+    head = b"POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: %b\r\n\r\n" % coding
+    received = server.ask(head + b"1\r\na\r\n0\r\n\r\n")
+    check_problem(received, status, HTTPStatus(status).phrase)
+
+
+def test_a_chunked_body_is_taken(server: Running) -> None:
+    head = b"POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: Chunked\r\n\r\n"
+    with server.connect() as client:
+        client.sendall(head + b"1\r\na\r\n0\r\n\r\n")
+        assert one(client).endswith(b"a")
 
 
 def test_a_response_may_take_longer_than_a_request(server: Running) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import struct
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import orjson
@@ -14,13 +15,11 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import InputError
-from dropserve.app.http.v2.codec import (
-    DATATYPES,
-    InferRequest,
-    WantedOutput,
-    parse_request,
-    write_response,
-)
+from dropserve.app.http.v2 import codec
+from dropserve.app.http.v2.codec import DATATYPES, InferRequest, WantedOutput, write_response
+
+MOST_LISTS = 10_000
+parse_request = partial(codec.parse_request, most_lists=lambda: MOST_LISTS)
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 thorough = settings(derandomize=True, deadline=None, max_examples=500)
