@@ -58,10 +58,7 @@ class Running:
 
     def memory(self) -> float:
         """Return resident memory in MB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) * 1024 / 1e6
+        return resident(self.process.pid)
 
     def errors(self) -> list[str]:
         """Return the lines of the log above the level of information."""
@@ -78,6 +75,13 @@ class Running:
                 return
             time.sleep(START_SECONDS / 1000)
         raise RuntimeError(f"no service: {self.log.read_text()}")
+
+
+def resident(pid: int) -> float:
+    """Return the resident memory of a process in MB."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024 / 1e6
 
 
 @contextmanager

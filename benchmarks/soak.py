@@ -7,40 +7,62 @@ all at the same time and over and over:
 - predictions, as JSON and as binary tensors, passes with fixed seeds, and queries of 10,000 passes;
 - clients that hang up within a body, after it, and while a long query runs;
 - bodies that arrive in small pieces, and invalid requests for each error status;
+- clients that read a long response slowly, and clients that never read one;
 - every ten seconds a new version of the model, alternating between two bundles with different
   outputs, while the oldest version is removed; the service is told by the Open Inference Protocol's
-  ``load`` and by SIGHUP in turn;
-- the live probe, ten times a second, over a new connection each time.
+  ``load`` and by SIGHUP in turn; each time it finds a bad bundle, too, that loads but does not run;
+- once a minute a worker is killed, and another is stopped, half a minute apart;
+- the live probe, ten times a second, over a new connection each time;
+- the metrics, once a second.
 
-Each response is compared with a reference response of the version it names. Growth compares the
-median memory of the last tenth of the time with that of the second tenth, after a warm-up of ten
-seconds.
+Each response is compared with a reference response of the version it names, which may be at most
+one version behind. A request without a response is lost, unless its worker was killed or stopped
+meanwhile: those are counted apart, as *cut off*. One of the three workers is left alone. Growth
+compares the median memory of this one and the parent in the last tenth of the time with that in
+the second tenth, after a warm-up of ten seconds.
 """
 
 import asyncio
+import hashlib
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import onnx
+from onnx import helper
 
 from benchmarks import figures, network, timing
-from benchmarks.overload import PROBE_SECONDS, post, probe, served
+from benchmarks.overload import PROBE_SECONDS, post, probe, resident, served
 from dropserve.app.http.v2 import codec
 
 SECONDS, WARM_UP_SECONDS = 1200.0, 10.0
-RELOAD_SECONDS = 10.0
+RELOAD_SECONDS, HARM_SECONDS = 10.0, 60.0
+WORKERS = 3
+# After which the service replaces a worker that does not answer, and ends the connection of a
+# client that does not read.
+STUCK_SECONDS, SEND_SECONDS = 5, 5
+# Longest wait for the metrics while a worker is stopped.
+METRICS_LIMIT_SECONDS = 1.5
+# Rows of a response of some 2.5 MB, and the pace of a client that reads it slowly: in 10 s.
+SLOW_ROWS, SLOW_BYTES, SLOW_PAUSE_SECONDS = 4096, 25_000, 0.1
+# Lines of the log that the harm done accounts for.
+EXPECTED = re.compile(r"refused bad |not all was loaded: refused bad |worker \d+ ")
 # Clients of each kind, and the pause of a client between two requests.
 CLIENTS, PAUSE_SECONDS = 3, 0.02
 LONG_PAUSE_SECONDS = 2.0
@@ -82,8 +104,11 @@ class Findings:
         self.wrong: list[str] = []
         self.lost: list[str] = []
         self.live: list[float] = []
+        self.metrics: list[float] = []
         self.memory: list[tuple[float, float]] = []
         self.reloads = 0
+        self.killed = 0
+        self.cut = 0
 
     def note(self, kind: str, status: int, seconds: float) -> None:
         """Count a response."""
@@ -124,6 +149,8 @@ class Soak:
         Rows to send.
     reload_seconds
         Time from one new version to the next.
+    harm_seconds
+        Time from one worker killed, or stopped, to the next.
     """
 
     def __init__(
@@ -134,8 +161,13 @@ class Soak:
         kinds: Sequence[Path],
         rows: Sequence[Any],
         reload_seconds: float,
+        harm_seconds: float,
     ) -> None:
         self.url = httpx.URL(url)
+        self.harm_seconds = harm_seconds
+        # When workers were killed or stopped, and when they were seen to be gone.
+        self.harm: list[tuple[float, float]] = []
+        self.spared = min(workers(pid))
         self.pid = pid
         self.models = models
         self.kinds = kinds
@@ -147,9 +179,12 @@ class Soak:
         self.client = httpx.AsyncClient(base_url=url, timeout=60, limits=limits)
         # Reference responses by kind of bundle (version modulo two) and question.
         self.expected: dict[tuple[int, int], Json] = {}
+        document = {"model": "digits", "inputs": [rows[0]] * SLOW_ROWS, "passes": 10, "seed": 5}
+        self.slow = Question("read slowly", "/uncertainty", document, "mean")
+        self.slow_expected: dict[int, Json] = {}
         self.newest = 1
 
-    async def run(self, seconds: float, memory: Callable[[], float]) -> Findings:
+    async def run(self, seconds: float) -> Findings:
         """Load the service for this long after the warm-up."""
         await self.learn()
         start = time.monotonic() + WARM_UP_SECONDS
@@ -162,8 +197,13 @@ class Soak:
                 tasks.create_task(self.over_and_over(self.hang_up, number))
             tasks.create_task(self.over_and_over(self.dribble, 0))
             tasks.create_task(self.over_and_over(self.ask_long, 0, LONG_PAUSE_SECONDS))
+            tasks.create_task(self.over_and_over(self.read_slowly, 0))
+            tasks.create_task(self.over_and_over(self.never_read, 0))
             tasks.create_task(self.over_and_over(self.publish, 0, self.reload_seconds))
-            tasks.create_task(self.watch(start, memory))
+            tasks.create_task(self.over_and_over(self.probe, 0, PROBE_SECONDS))
+            tasks.create_task(self.over_and_over(self.scrape, 0, 1.0))
+            tasks.create_task(self.hurt())
+            tasks.create_task(self.watch(start))
         await self.client.aclose()
         return self.found
 
@@ -173,6 +213,8 @@ class Soak:
             for number, question in enumerate(self.questions):
                 answer = await self.client.post(question.path, json=question.document)
                 self.expected[self.newest % 2, number] = answer.raise_for_status().json()
+            answer = await self.client.post(self.slow.path, json=self.slow.document)
+            self.slow_expected[self.newest % 2] = answer.raise_for_status().json()
             await self.publish(random.Random(0))
 
     async def over_and_over(
@@ -183,12 +225,89 @@ class Soak:
     ) -> None:
         """Repeat some work until the end, and note lost requests."""
         chance = random.Random(f"{work.__name__} {seed}")
-        while time.monotonic() < self.end:
+        while (began := time.monotonic()) < self.end:
             try:
                 await work(chance)
-            except (httpx.HTTPError, OSError) as error:
-                self.found.lost.append(f"{work.__name__}: {error!r}")
+            except (httpx.HTTPError, OSError, EOFError) as error:
+                if self.was_cut(began):
+                    self.found.cut += 1
+                else:
+                    self.found.lost.append(f"{work.__name__}: {error!r}")
             await asyncio.sleep(min(pause, max(0.0, self.end - time.monotonic())))
+
+    def was_cut(self, began: float) -> bool:
+        """Tell whether a request since ``began`` may have been on a worker that was hurt."""
+        return any(began < gone and hurt < time.monotonic() for hurt, gone in self.harm)
+
+    async def hurt(self) -> None:
+        """Kill a worker and stop another in turn, and wait each time for its end."""
+        for number in (signal.SIGKILL, signal.SIGSTOP) * WORKERS * round(self.end):
+            pid = random.choice(sorted(workers(self.pid) - {self.spared}))
+            hurt = time.monotonic()
+            self.harm.append((hurt, math.inf))
+            os.kill(pid, number)
+            while pid in workers(self.pid):
+                await asyncio.sleep(0.05)
+            # Its connections are reset within this time.
+            self.harm[-1] = (hurt, time.monotonic() + 0.2)
+            self.found.killed += 1
+            left = self.harm_seconds / 2 - (time.monotonic() - hurt)
+            if time.monotonic() + left > self.end:
+                return
+            await asyncio.sleep(max(0.0, left))
+
+    async def probe(self, _: random.Random) -> None:
+        """Probe whether the service is alive."""
+        began = time.monotonic()
+        seconds = await probe(self.url.port or 80)
+        if not self.was_cut(began):
+            self.found.live.append(seconds)
+
+    async def scrape(self, _: random.Random) -> None:
+        """Fetch the metrics, on a connection of its own."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+            began = time.monotonic()
+            answer = await client.get("/metrics")
+        answer.raise_for_status()
+        self.found.metrics.append(time.monotonic() - began)
+
+    async def ask_reluctantly(self) -> socket.socket:
+        """Send the request for a long response, over a connection that takes in little unread."""
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(own, (self.url.host, self.url.port or 80))
+        await loop.sock_sendall(own, post(self.slow.path, self.slow.document))
+        return own
+
+    async def read_slowly(self, _: random.Random) -> None:
+        """Read a long response slowly, and check it."""
+        began = time.monotonic()
+        own = await self.ask_reluctantly()
+        reader, writer = await asyncio.open_connection(sock=own, limit=SLOW_BYTES)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        parts = []
+        for start in range(0, length, SLOW_BYTES):
+            parts.append(await reader.readexactly(min(SLOW_BYTES, length - start)))
+            await asyncio.sleep(SLOW_PAUSE_SECONDS)
+        writer.close()
+        given = json.loads(b"".join(parts))
+        self.found.note("read slowly", int(head[9:12]), time.monotonic() - began)
+        expected = self.slow_expected.get(given["version"] % 2)
+        check(self.found, "read slowly", given, expected, self.slow.answer)
+
+    async def never_read(self, _: random.Random) -> None:
+        """Leave a long response unread until the service ends the connection."""
+        began = time.monotonic()
+        with await self.ask_reluctantly() as own:
+            while not own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                await asyncio.sleep(0.1)
+                if time.monotonic() - began > 6 * SEND_SECONDS:
+                    self.found.wrong.append("unread: the connection was not ended")
+                    break
+        self.found.statuses["unread"][0] += 1
 
     async def ask(self, chance: random.Random) -> None:
         """Send any question but the long one as JSON."""
@@ -202,7 +321,7 @@ class Soak:
     async def ask_one(self, number: int) -> None:
         """Send a question, and check the response."""
         question = self.questions[number]
-        began = time.monotonic()
+        least, began = self.newest - 1, time.monotonic()
         answer = await self.client.post(question.path, json=question.document)
         self.found.note(question.kind, answer.status_code, time.monotonic() - began)
         if answer.status_code != 200:
@@ -211,6 +330,8 @@ class Soak:
         given = answer.json()
         expected = self.expected.get((given["version"] % 2, number))
         check(self.found, question.kind, given, expected, question.answer)
+        if given["version"] < least:
+            self.found.wrong.append(f"{question.kind}: still version {given['version']}")
 
     async def ask_binary(self, chance: random.Random) -> None:
         """Send a question for predictions as a binary tensor, and check the response."""
@@ -292,15 +413,8 @@ class Soak:
     async def publish(self, _: random.Random) -> None:
         """Publish the next version, remove the oldest, and wait until the service has reloaded."""
         version = self.newest + 1
-        model = self.models / "digits"
-        staging = self.models / f".staging-{version}"
-        await asyncio.to_thread(shutil.copytree, self.kinds[(version + 1) % 2], staging)
-        manifest = json.loads((staging / "manifest.json").read_text())
-        manifest |= {"name": "digits", "version": version}
-        (staging / "manifest.json").write_text(json.dumps(manifest))
-        staging.rename(model / str(version))
-        if version > VERSIONS:
-            await asyncio.to_thread(shutil.rmtree, model / str(version - VERSIONS))
+        if not (self.models / "digits" / str(version)).exists():
+            await self.write(version)
         if version % 4 < 2:
             answer = await self.client.post("/v2/repository/models/digits/load")
             answer.raise_for_status()
@@ -311,18 +425,44 @@ class Soak:
         self.newest = version
         self.found.reloads += 1
 
+    async def write(self, version: int) -> None:
+        """Write a version into the models folder, and remove the oldest."""
+        model = self.models / "digits"
+        staging = self.models / f".staging-{version}"
+        await asyncio.to_thread(shutil.copytree, self.kinds[(version + 1) % 2], staging)
+        manifest = json.loads((staging / "manifest.json").read_text())
+        manifest |= {"name": "digits", "version": version}
+        (staging / "manifest.json").write_text(json.dumps(manifest))
+        staging.rename(model / str(version))
+        if version > VERSIONS:
+            await asyncio.to_thread(shutil.rmtree, model / str(version - VERSIONS))
+
     async def served(self) -> int:
         """Return the newest version that the service has loaded."""
         answer = await self.client.get("/health/ready")
         versions: list[int] = answer.raise_for_status().json()["models"]["digits"]
         return versions[-1]
 
-    async def watch(self, start: float, memory: Callable[[], float]) -> None:
-        """Probe the service and read its memory at intervals."""
+    async def watch(self, start: float) -> None:
+        """Read the memory of the parent and of the worker that is left alone, at intervals."""
         while (now := time.monotonic()) < self.end:
-            self.found.memory.append((now - start, memory()))
-            self.found.live.append(await probe(self.url.port or 80))
+            if self.spared not in workers(self.pid):
+                self.found.wrong.append("a worker has ended by itself")
+                return
+            size = resident(self.pid) + resident(self.spared)
+            self.found.memory.append((now - start, size))
             await asyncio.sleep(PROBE_SECONDS)
+
+
+def workers(pid: int) -> set[int]:
+    """Return the living worker processes of a service."""
+    found = set()
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        # It may have ended by now; of one that nobody has waited for, the command is empty.
+        with suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.add(child)
+    return found
 
 
 def signal_process(pid: int) -> None:
@@ -372,6 +512,7 @@ def soak(
     rows: Sequence[Any],
     seconds: float,
     reload_seconds: float = RELOAD_SECONDS,
+    harm_seconds: float = HARM_SECONDS,
 ) -> tuple[Findings, list[Any]]:
     """Start a service and load it; return the outcome and the warnings and errors of its log.
 
@@ -386,6 +527,8 @@ def soak(
     reload_seconds
         Time from one new version to the next. A reload frees memory, so each tenth of ``seconds``
         should contain one.
+    harm_seconds
+        Time in which one worker is killed and one is stopped.
     """
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
@@ -393,11 +536,35 @@ def soak(
         manifest = models / "digits" / "1" / "manifest.json"
         document = json.loads(manifest.read_text()) | {"name": "digits", "version": 1}
         manifest.write_text(json.dumps(document))
-        with served(models) as running:
+        write_bad_bundle(kinds[0], models / "bad" / "1")
+        settings = {
+            "DROPSERVE_WORKERS": str(WORKERS),
+            "DROPSERVE_STUCK_SECONDS": str(STUCK_SECONDS),
+            "DROPSERVE_SEND_SECONDS": str(SEND_SECONDS),
+        }
+        with served(models, None, **settings) as running:
             url = f"http://127.0.0.1:{running.port}"
-            load = Soak(url, running.process.pid, models, kinds, rows, reload_seconds)
-            found = asyncio.run(load.run(seconds, running.memory))
-            return found, running.errors()
+            pid = running.process.pid
+            while len(workers(pid)) < WORKERS:
+                time.sleep(0.1)
+            load = Soak(url, pid, models, kinds, rows, reload_seconds, harm_seconds)
+            found = asyncio.run(load.run(seconds))
+            return found, [line for line in running.errors() if not EXPECTED.search(line)]
+
+
+def write_bad_bundle(good: Path, place: Path) -> None:
+    """Write a bundle that loads, but whose answers have as many rows again as were asked for."""
+    shutil.copytree(good, place)
+    graph = onnx.load(place / "predict.onnx")
+    (output,) = graph.graph.output
+    last = next(node for node in graph.graph.node if output.name in node.output)
+    last.output[list(last.output).index(output.name)] = "once"
+    graph.graph.node.append(helper.make_node("Concat", ["once", "once"], [output.name], axis=0))
+    (place / "predict.onnx").write_bytes(graph.SerializeToString())
+    manifest = json.loads((place / "manifest.json").read_text()) | {"name": "bad", "version": 1}
+    content = (place / "predict.onnx").read_bytes()
+    manifest["files"]["predict.onnx"] = hashlib.sha256(content).hexdigest()
+    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 def report(found: Findings, seconds: float) -> list[figures.Row]:
@@ -421,8 +588,11 @@ def report(found: Findings, seconds: float) -> list[figures.Row]:
             "requests": sum(statuses.total() for statuses in found.statuses.values()),
             "wrong": len(found.wrong),
             "lost": len(found.lost),
+            "cut off": found.cut,
+            "workers killed or stopped": found.killed,
             "reloads": found.reloads,
             "slowest live probe, ms": 1000 * max(found.live),
+            "slowest metrics, ms": 1000 * max(found.metrics),
             "MB": memory,
             "growth, %": growth,
         }
@@ -440,6 +610,8 @@ def faults(found: Findings, errors: Sequence[str], seconds: float) -> list[str]:
         says.append(f"memory grew by {growth:.1f} %")
     if max(found.live) >= PROBE_LIMIT_SECONDS:
         says.append(f"the live probe took {max(found.live):.2f} s")
+    if max(found.metrics) >= METRICS_LIMIT_SECONDS:
+        says.append(f"the metrics took {max(found.metrics):.2f} s")
     return says
 
 

@@ -7,26 +7,30 @@ import pytest
 
 from benchmarks import soak
 
-SECONDS, RELOAD_SECONDS = 20.0, 1.0
-ASKED = {"predict", "infer, binary", "uncertainty", "long", "dribbled", "broken", "hung up"}
+SECONDS, RELOAD_SECONDS, HARM_SECONDS = 20.0, 1.0, 10.0
+ASKED = {"predict", "infer, binary", "uncertainty", "long", "dribbled", "read slowly"}
 
 
 def test_20_seconds_of_the_mixed_load_lose_nothing_and_get_nothing_wrong(built: Path) -> None:
     kinds = [built / "models" / name / "1" for name in ("digits", "double")]
     examples = json.loads((kinds[0] / "examples.json").read_text())
-    found, errors = soak.soak(kinds, [each["input"] for each in examples], SECONDS, RELOAD_SECONDS)
+    rows = [each["input"] for each in examples]
+    found, errors = soak.soak(kinds, rows, SECONDS, RELOAD_SECONDS, HARM_SECONDS)
     assert soak.faults(found, errors, SECONDS) == []
-    assert found.statuses.keys() == ASKED
-    assert all(found.statuses[kind][200] > 0 for kind in ASKED - {"broken", "hung up"})
+    assert found.statuses.keys() == ASKED | {"broken", "hung up", "unread"}
+    assert all(found.statuses[kind][200] > 0 for kind in ASKED)
     assert found.statuses["broken"].keys() == {400, 404, 413, 422}
+    assert found.statuses["unread"].total() >= 2
     # Two before the load, the others during it.
     assert found.reloads >= 12
+    assert found.killed >= 2
 
 
 def quiet() -> soak.Findings:
     """Return the outcome of a load without any fault."""
     found = soak.Findings()
     found.live.append(0.1)
+    found.metrics.append(0.1)
     found.memory += [(second, 100.0) for second in range(20)]
     return found
 
@@ -54,6 +58,7 @@ def test_lost_requests_logged_errors_late_probes_and_growth_are_faults() -> None
     assert soak.faults(found, ['{"level":"warning"}'], SECONDS) == []
     found.lost.append("ask: ReadError()")
     found.live.append(0.6)
+    found.metrics.append(1.6)
     found.memory[18:] = [(18, 105.5), (19, 105.5)]
     says = soak.faults(found, ['{"level":"error"}'], SECONDS)
     assert says == [
@@ -61,4 +66,5 @@ def test_lost_requests_logged_errors_late_probes_and_growth_are_faults() -> None
         'logged: {"level":"error"}',
         "memory grew by 5.5 %",
         "the live probe took 0.60 s",
+        "the metrics took 1.60 s",
     ]
