@@ -61,8 +61,8 @@ def has_length(start: Message) -> bool:
 
 def unacknowledged(descriptor: int) -> int:
     """Return how many bytes the kernel holds for a socket until its peer has received them."""
-    # The socket may be closed already.
-    with suppress(OSError):
+    # It may be closed already, and its descriptor be -1.
+    with suppress(OSError, ValueError):
         size: int = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0]
         return size
     return 0
