@@ -5,7 +5,8 @@ as much; benchmarks/README.md has the figures. FastAPI handles only requests tha
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Generic, TypeVar
@@ -19,10 +20,13 @@ from dropserve.app.errors import Overloaded
 from dropserve.app.http import problems
 from dropserve.app.http.bodies import (
     PAUSE,
+    SHORT_RESPONSE_BYTES,
     Headers,
     Request,
     Response,
     complete,
+    encode,
+    encoding_send,
     read_body,
     send_response,
 )
@@ -40,8 +44,8 @@ UNKNOWN = "other"
 HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 # Headers that pages of an allowed origin may send, and read.
 REQUEST_HEADERS = (
-    *("authorization", "content-type", "inference-header-content-length", "traceparent"),
-    *("x-api-key", "x-request-id", "x-request-timeout-ms"),
+    *("authorization", "content-encoding", "content-type", "inference-header-content-length"),
+    *("traceparent", "x-api-key", "x-request-id", "x-request-timeout-ms"),
 )
 RESPONSE_HEADERS = ("inference-header-content-length", "retry-after", "x-request-id")
 
@@ -183,6 +187,8 @@ class Endpoint(Generic[Asked, Answered]):
             # numbers, which take ten times its memory.
             asked = self.parse(Request(path, headers, await read()))
             response = self.write(await watch(self.ask(asked, record)))
+            if len(response.content) > SHORT_RESPONSE_BYTES:
+                response = await encode(response, headers)
             record.status = response.status
         except ClientDisconnect:
             raise
@@ -202,10 +208,8 @@ class Application:
     ----------
     endpoints
         The endpoints, by path.
-    infer
-        The endpoint of the Open Inference Protocol, whose paths hold names of models.
-    is_infer
-        Tells whether a path is one of these.
+    patterns
+        The endpoints whose paths hold names of models, each with the pattern of its paths.
     rest
         FastAPI's application. It knows the endpoints, too, to refuse other methods.
     context
@@ -217,15 +221,13 @@ class Application:
     def __init__(
         self,
         endpoints: Mapping[str, Endpoint[Any, Any]],
-        infer: Endpoint[Any, Any],
-        is_infer: Callable[[str], object],
+        patterns: Sequence[tuple[re.Pattern[str], Endpoint[Any, Any]]],
         rest: FastAPI,
         context: Context,
         origins: tuple[str, ...],
     ) -> None:
         self.endpoints = endpoints
-        self.infer = infer
-        self.is_infer = is_infer
+        self.patterns = patterns
         self.rest = rest
         self.context = context
         self.draining = False
@@ -255,8 +257,9 @@ class Application:
         """Return the endpoint of a request."""
         if scope["method"] != "POST":
             return None
-        return self.endpoints.get(scope["path"]) or (
-            self.infer if self.is_infer(scope["path"]) else None
+        path = scope["path"]
+        return self.endpoints.get(path) or next(
+            (endpoint for pattern, endpoint in self.patterns if pattern.fullmatch(path)), None
         )
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,7 +276,7 @@ class Application:
                 await send(message)
 
             try:
-                await self.rest(scope, receive, send_with_id)
+                await self.rest(scope, receive, encoding_send(send_with_id, headers))
             except Exception:
                 # FastAPI raises an unexpected error again once ``problems`` has answered it.
                 if record.rejected != problems.ERROR:
