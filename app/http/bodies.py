@@ -78,8 +78,8 @@ async def read_body(
     ClientDisconnect
         If the client disconnects first.
     """
-    coding = headers.get(b"content-encoding", IDENTITY)
-    unpacker = None if coding == IDENTITY else Unpacker(coding)
+    coding = headers.get(b"content-encoding")
+    unpacker = None if coding is None or coding.lower() == IDENTITY else Unpacker(coding)
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long(max_bytes)
