@@ -34,14 +34,15 @@ setup: .venv/$(RUNTIME)-all
 
 # Twice: tests marked quiet bound the time of something, and run alone, on the same bundles.
 test: export TESTS_SHARED = build/tests
-test: setup build/kserve/installed
+test: setup build/clients/kserve/installed build/clients/mlserver/installed
 	rm -rf $(TESTS_SHARED)
 	$(PYTHON) -m pytest
 	$(PYTHON) -m pytest -n 0 -m quiet $$(grep -rl --include='test_*.py' mark.quiet tests)
 
-# KServe's published schemas. Installed apart, since the package requires an older protobuf.
-build/kserve/installed: | setup
-	$(PYTHON) -m pip install --quiet --no-deps --target build/kserve kserve==0.21.0
+# The clients of other servers require older versions of what this project needs, and of each other.
+build/clients/%/installed: tests/clients/%.txt | setup
+	.venv/bin/uv venv --quiet --clear --python $(PYTHON) build/clients/$*
+	.venv/bin/uv pip install --quiet --python build/clients/$* --requirement $<
 	touch $@
 
 test-slow: setup
@@ -120,3 +121,5 @@ lock: setup
 	$(PYTHON) -m piptools compile --quiet --upgrade --strip-extras --all-extras --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --output-file constraints.txt pyproject.toml
 	sed -i 's/+cpu$$//; /^nvidia-/d' constraints.txt
+	for client in kserve mlserver; do .venv/bin/uv pip compile --quiet --upgrade --no-annotate --no-header \
+		--python $(PYTHON) --output-file tests/clients/$$client.txt tests/clients/$$client.in || exit 1; done

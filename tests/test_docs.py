@@ -153,7 +153,7 @@ def test_the_answers_that_the_docs_show_have_the_fields_of_real_ones(
     client: httpx.Client, answers: dict[str, Any]
 ) -> None:
     text = (ROOT / "docs" / "http.md").read_text()
-    prediction, uncertainty, passes, problem = (
+    prediction, uncertainty, passes, problem, first_protocol = (
         json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", text, re.M | re.S)
     )
     for path, shown in (
@@ -164,6 +164,7 @@ def test_the_answers_that_the_docs_show_have_the_fields_of_real_ones(
         real = answers[f"{path} digits"]
         real.pop("prediction_set", None)  # the requests on the page ask for no coverage
         assert fields(shown) == fields(real)
+    assert first_protocol == {"predictions": prediction["probabilities"]}
     body = {"inputs": [[1, 2, 3]], "model": "digits"}
     refused = client.post("/predict", json=body)
     request_id = {"request_id": problem["request_id"]}

@@ -1,5 +1,6 @@
 """Build the HTTP application: the endpoints, and FastAPI with the rest."""
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import dropserve
-from dropserve.app.http import bodies, console, openapi, problems
+from dropserve.app.http import bodies, console, openapi, problems, v1
 from dropserve.app.http.bodies import Request, json_response, parse_query, starlette_response
 from dropserve.app.http.context import Context
 from dropserve.app.http.handler import Application, Endpoint
@@ -29,9 +30,10 @@ from dropserve.app.http.schemas import (
     Ready,
     UncertaintyRequest,
 )
-from dropserve.app.http.v2 import infer, repository, routes
+from dropserve.app.http.v2 import infer, repository, routes, statistics
 from dropserve.app.inference.admission import Admission
 from dropserve.app.inference.service import Service
+from dropserve.app.observability.metrics import Counts
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
 
@@ -54,6 +56,7 @@ def create(
     load: Callable[[str], Awaitable[None]],
     unload: Callable[[str], Awaitable[None]],
     metrics: Callable[[], Awaitable[bytes]],
+    counts: Callable[[], Awaitable[Counts]],
     startup: Callable[[], None],
     shutdown: Callable[[], None],
     origins: tuple[str, ...] = (),
@@ -76,6 +79,8 @@ def create(
         Have all workers load or unload a model.
     metrics
         Writes the metrics of all workers.
+    counts
+        Returns the counts of all workers.
     startup, shutdown
         Called on the event loop before the first request and after the last.
     origins
@@ -120,6 +125,8 @@ def create(
     }
     v2 = infer.Infer(service)
     infer_endpoint = endpoint(infer.ROUTES[0], "predict", v2.parse, v2.answer, infer.write)
+    parse_v1, ask_v1 = partial(v1.parse, most), partial(v1.answer, service)
+    v1_endpoint = endpoint(v1.ROUTE, "predict", parse_v1, ask_v1, v1.write)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -142,9 +149,11 @@ def create(
     rest.openapi = lambda: openapi.document(  # type: ignore[method-assign] # as FastAPI documents
         rest, service, keys=context.keys is not None
     )
-    application = Application(
-        endpoints, infer_endpoint, infer.PATH.fullmatch, rest, context, origins
-    )
+    patterns: list[tuple[re.Pattern[str], Endpoint[Any, Any]]] = [
+        (infer.PATH, infer_endpoint),
+        (v1.PATH, v1_endpoint),
+    ]
+    application = Application(endpoints, patterns, rest, context, origins)
 
     @rest.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -197,6 +206,7 @@ def create(
         """Return the metrics of all workers in Prometheus' text format."""
         return Response(await metrics(), media_type=CONTENT_TYPE_LATEST)
 
+    rest.include_router(statistics.router(service.registry, counts, guard("predict")))
     rest.include_router(routes.router(service, guard("predict")))
     rest.include_router(
         repository.router(service.registry, load=load, unload=unload, guard=guard("admin"))
@@ -216,7 +226,11 @@ def create(
 
     rest.router.routes += [
         Route(path, each, methods=["POST"])
-        for path, each in (endpoints | dict.fromkeys(infer.ROUTES, infer_endpoint)).items()
+        for path, each in (
+            endpoints | dict.fromkeys(infer.ROUTES, infer_endpoint) | {v1.ROUTE: v1_endpoint}
+        ).items()
     ]
+    # Behind the route of predictions, whose path is like that of a model.
+    rest.include_router(v1.router(service, guard("predict")))
     rest.mount("/console", files)
     return application

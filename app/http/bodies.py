@@ -1,5 +1,6 @@
 """Request and response bodies: read one of bounded length, parse it, write an answer."""
 
+import asyncio
 from collections.abc import Callable, KeysView, Mapping
 from functools import cache
 from http import HTTPStatus
@@ -11,11 +12,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response as StarletteResponse
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from dropserve.app.errors import InputError
+from dropserve.app.http.compression import Unpacker, accepted, compress
 
 JSON = b"application/json"
+IDENTITY = b"identity"
 # Bodies up to this size are not counted: a thousand of them take a few MB.
 SHORT_BYTES = 4096
 # Bytes of a body that one of its lists counts for: parsed, a list takes as much memory as the
@@ -23,6 +26,8 @@ SHORT_BYTES = 4096
 LIST_WEIGHT = 6
 # JSON texts up to this length are parsed before their lists are known to be too many.
 COUNTED_BYTES = 2**16
+# Responses up to this size are never compressed: that would take longer than to send them.
+SHORT_RESPONSE_BYTES = 16 * 2**10
 # Longest path of a field that an error repeats.
 LONGEST_PATH = 200
 # Set in the scope of a request that was refused because the queue is full: the server may then
@@ -63,27 +68,31 @@ async def read_body(
     headers, receive
         The request's headers, and ASGI's ``receive``.
     max_bytes
-        Longest body.
+        Longest body, as it is sent and, if it is compressed, unpacked.
     hold
         Called with the growth of a body beyond ``SHORT_BYTES``, to account for it; may raise.
+
+    Returns
+    -------
+    bytes or bytearray
+        The body, unpacked.
 
     Raises
     ------
     HTTPException
-        413 if it is too long, 415 if it is compressed.
+        413 if it is too long, 415 if its content encoding is unknown, 400 if it cannot be unpacked.
     ClientDisconnect
         If the client disconnects first.
     """
-    if (coding := headers.get(b"content-encoding")) is not None and coding != b"identity":
-        raise HTTPException(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must not be compressed (content-encoding)"
-        )
+    coding = headers.get(b"content-encoding")
+    unpacker = None if coding is None or coding.lower() == IDENTITY else Unpacker(coding)
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long(max_bytes)
     # FastAPI's own ``max_body_size`` would answer in plain text and not name the limit.
     message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
+    last = message["type"] == "http.request" and not message.get("more_body", False)
+    if last and unpacker is None:
         # A body in one piece is not copied.
         content: bytes = message.get("body", b"")
         if len(content) > max_bytes:
@@ -91,18 +100,22 @@ async def read_body(
         if hold and len(content) > SHORT_BYTES:
             hold(len(content))
         return content
-    body, held = bytearray(), 0
+    body, held, sent = bytearray(), 0, 0
     while True:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         piece = message.get("body", b"")
-        if len(body) + len(piece) > max_bytes:
-            raise too_long(max_bytes)
-        body += piece
-        if hold and len(body) > SHORT_BYTES:
-            hold(len(body) - held)
-            held = len(body)
+        sent += len(piece)
+        for part in unpacker.unpack(piece) if unpacker else (piece,):
+            if max(sent, len(body) + len(part)) > max_bytes:
+                raise too_long(max_bytes)
+            body += part
+            if hold and len(body) > SHORT_BYTES:
+                hold(len(body) - held)
+                held = len(body)
         if not message.get("more_body", False):
+            if unpacker:
+                unpacker.finish()
             return body
         message = await receive()
 
@@ -213,6 +226,29 @@ def starlette_response(answer: Mapping[str, object], status: int = 200) -> Starl
     return StarletteResponse(json_response(answer).content, status, media_type=JSON.decode())
 
 
+async def encode(response: Response, headers: Headers) -> Response:
+    """Compress a long response if its client accepts that.
+
+    Parameters
+    ----------
+    response
+        The response, without its length.
+    headers
+        The request's headers.
+    """
+    status, content, given = response
+    accept = headers.get(b"accept-encoding")
+    if accept is None:
+        return response
+    given = [*given, (b"vary", b"accept-encoding")]
+    coding = accepted(accept.decode("latin-1"))
+    if coding is not None:
+        # In a thread: 10 MB would keep the loop busy for 100 ms.
+        content = await asyncio.to_thread(compress, content, coding)
+        given.append((b"content-encoding", coding.encode()))
+    return Response(status, content, given)
+
+
 def complete(response: Response, request_id: str) -> Response:
     """Add the headers that every response has: its length and the id of the request."""
     status, content, headers = response
@@ -226,3 +262,44 @@ async def send_response(send: Send, response: Response) -> None:
     status, content, headers = response
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
+
+
+def encoding_send(send: Send, headers: Headers) -> Send:
+    """Return an ASGI ``send`` that compresses long responses of one piece, as `encode` does.
+
+    Parameters
+    ----------
+    send
+        Sends the response.
+    headers
+        The request's headers.
+    """
+    if b"accept-encoding" not in headers:
+        return send
+    start: Message = {}
+
+    async def send_encoded(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            # Held back until the length of the body is known; an ASGI server, too, may do so.
+            start = message
+            return
+        if start:
+            head, start = start, {}
+            names = {name for name, _ in head["headers"]}
+            content = message.get("body", b"")
+            # A validator is that of a file as it is.
+            if (
+                len(content) > SHORT_RESPONSE_BYTES
+                and not message.get("more_body", False)
+                and b"etag" not in names
+            ):
+                given = [each for each in head["headers"] if each[0] != b"content-length"]
+                encoded = await encode(Response(head["status"], content, given), headers)
+                length = (b"content-length", str(len(encoded.content)).encode())
+                head = {**head, "headers": [*encoded.headers, length]}
+                message = {**message, "body": encoded.content}
+            await send(head)
+        await send(message)
+
+    return send_encoded

@@ -5,7 +5,8 @@ as much; benchmarks/README.md has the figures. FastAPI handles only requests tha
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Generic, TypeVar
@@ -21,11 +22,14 @@ from dropserve.app.http.bodies import (
     LIST_WEIGHT,
     PAUSE,
     SHORT_BYTES,
+    SHORT_RESPONSE_BYTES,
     Headers,
     Request,
     Response,
     complete,
     count_lists,
+    encode,
+    encoding_send,
     read_body,
     send_response,
 )
@@ -45,12 +49,13 @@ HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"
 # Bodies beyond this size are parsed aside from the event loop, which they would hold up for more
 # than some milliseconds.
 LONG_BYTES = 2**19
-# Responses up to this size are not counted: a thousand of them take a few dozen MB.
-SHORT_RESPONSE_BYTES = 2**16
+# Responses beyond this size are counted while they are sent: a thousand shorter ones take a few
+# dozen MB.
+COUNTED_RESPONSE_BYTES = 2**16
 # Headers that pages of an allowed origin may send, and read.
 REQUEST_HEADERS = (
-    *("authorization", "content-type", "inference-header-content-length", "traceparent"),
-    *("x-api-key", "x-request-id", "x-request-timeout-ms"),
+    *("authorization", "content-encoding", "content-type", "inference-header-content-length"),
+    *("traceparent", "x-api-key", "x-request-id", "x-request-timeout-ms"),
 )
 RESPONSE_HEADERS = ("inference-header-content-length", "retry-after", "x-request-id")
 
@@ -169,7 +174,7 @@ class Endpoint(Generic[Asked, Answered]):
                 self.bodies.release(held)
             scope[PAUSE] = record.rejected == "queue"
             size = len(response.content)
-            if size <= SHORT_RESPONSE_BYTES:
+            if size <= COUNTED_RESPONSE_BYTES:
                 await send_response(send, response)
                 return
             try:
@@ -215,6 +220,8 @@ class Endpoint(Generic[Asked, Answered]):
             # numbers, which take ten times its memory.
             asked = await self._parse(Request(path, headers, await read()))
             response = self.write(await watch(self.ask(asked, record)))
+            if len(response.content) > SHORT_RESPONSE_BYTES:
+                response = await encode(response, headers)
             record.status = response.status
         except ClientDisconnect:
             raise
@@ -240,10 +247,8 @@ class Application:
     ----------
     endpoints
         The endpoints, by path.
-    infer
-        The endpoint of the Open Inference Protocol, whose paths hold names of models.
-    is_infer
-        Tells whether a path is one of these.
+    patterns
+        The endpoints whose paths hold names of models, each with the pattern of its paths.
     rest
         FastAPI's application. It knows the endpoints, too, to refuse other methods.
     context
@@ -255,15 +260,13 @@ class Application:
     def __init__(
         self,
         endpoints: Mapping[str, Endpoint[Any, Any]],
-        infer: Endpoint[Any, Any],
-        is_infer: Callable[[str], object],
+        patterns: Sequence[tuple[re.Pattern[str], Endpoint[Any, Any]]],
         rest: FastAPI,
         context: Context,
         origins: tuple[str, ...],
     ) -> None:
         self.endpoints = endpoints
-        self.infer = infer
-        self.is_infer = is_infer
+        self.patterns = patterns
         self.rest = rest
         self.context = context
         self.draining = False
@@ -293,8 +296,9 @@ class Application:
         """Return the endpoint of a request."""
         if scope["method"] != "POST":
             return None
-        return self.endpoints.get(scope["path"]) or (
-            self.infer if self.is_infer(scope["path"]) else None
+        path = scope["path"]
+        return self.endpoints.get(path) or next(
+            (endpoint for pattern, endpoint in self.patterns if pattern.fullmatch(path)), None
         )
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -323,7 +327,7 @@ class Application:
                 # As GET (RFC 9110, section 9.3.2); the server leaves out the content.
                 scope = {**scope, "method": "GET"}
             try:
-                await self.rest(scope, receive, send_with_id)
+                await self.rest(scope, receive, encoding_send(send_with_id, headers))
             except Exception:
                 # FastAPI raises an unexpected error again once ``problems`` has answered it.
                 if record.rejected != problems.ERROR:

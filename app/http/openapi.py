@@ -14,13 +14,15 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from dropserve.app.http import problems
+from dropserve.app.http import problems, v1
 from dropserve.app.http.schemas import (
     ClassDebug,
     ClassPrediction,
     ClassUncertainty,
     InferAnswer,
     InferDocument,
+    PredictionAnswer,
+    PredictionRequest,
     PredictRequest,
     Problem,
     ProtocolError,
@@ -85,6 +87,12 @@ ENDPOINTS = {
     "/v2/models/{name}/versions/{version}/infer": Documented(
         "infer_version", "The same of one version.", InferDocument, (InferAnswer,)
     ),
+    v1.ROUTE: Documented(
+        "predict_v1",
+        "Predict rows in eval mode, by KServe's first protocol.",
+        PredictionRequest,
+        (PredictionAnswer,),
+    ),
 }
 
 
@@ -114,12 +122,15 @@ def document(app: FastAPI, service: Service, *, keys: bool) -> Schema:
                 "description": schema.pop("description"),
                 "anyOf": [schema_for(schema, each, service, len(newest)) for each in newest],
             }
-    names = [name for model in newest for name in (model.manifest.name, mc(model))]
+    names = {
+        "/v1/models": [model.manifest.name for model in newest],
+        "/v2/models": [name for model in newest for name in (model.manifest.name, mc(model))],
+    }
     for path, methods in written["paths"].items():
         for operation in methods.values():
             for parameter in operation.get("parameters", ()):
-                if parameter["name"] == "name" and names and path.startswith("/v2/models"):
-                    parameter["schema"] = {"type": "string", "enum": names}
+                if parameter["name"] == "name" and newest and path[:10] in names:
+                    parameter["schema"] = {"type": "string", "enum": names[path[:10]]}
     return written
 
 
@@ -193,7 +204,7 @@ def operation_of(path: str, endpoint: Documented) -> Schema:
     """Document an endpoint."""
     answers = {"anyOf": [reference(answer) for answer in endpoint.answers]}
     ok: Schema = {"application/json": {"schema": answers}}
-    if path.startswith(problems.PROTOCOL):
+    if endpoint.request is InferDocument:
         ok["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     return {
         "summary": endpoint.name.replace("_", " ").capitalize(),
@@ -214,7 +225,7 @@ def operation_of(path: str, endpoint: Documented) -> Schema:
 
 def add_refusals(path: str, operation: Schema, *, keys: bool) -> None:
     """Document the refusals of an operation."""
-    protocol = path.startswith(problems.PROTOCOL)
+    protocol = path.startswith(problems.PROTOCOLS)
     error = (
         {"application/json": {"schema": reference(ProtocolError)}}
         if protocol

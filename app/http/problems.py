@@ -1,6 +1,6 @@
 """Errors as responses: problem documents (RFC 9457).
 
-Under /v2 they follow the Open Inference Protocol: ``{"error": ...}``, and 400 in place of 422.
+Under /v1 and /v2 they follow KServe's protocols: ``{"error": ...}``, and 400 in place of 422.
 """
 
 import logging
@@ -28,7 +28,7 @@ from dropserve.app.http.bodies import LONGEST_PATH, Response
 from dropserve.app.observability.record import RequestRecord
 
 MEDIA_TYPE = "application/problem+json"
-PROTOCOL = "/v2"
+PROTOCOLS = ("/v1/", "/v2")
 # Set in the scope of a request that FastAPI answers: its record.
 RECORD = "dropserve.record"
 # Most errors that a response lists: a body could have many.
@@ -110,7 +110,7 @@ def respond(error: Exception, path: str, record: RequestRecord) -> Response:
     record.rejected, record.status = problem.rejected, problem.status
     if problem.rejected == ERROR:
         log.error("request %s met an unexpected error", record.id, exc_info=error)
-    if not path.startswith(PROTOCOL):
+    if not path.startswith(PROTOCOLS):
         return write(problem, record.id)
     record.status = 400 if problem.status == 422 else problem.status
     return Response(

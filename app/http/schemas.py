@@ -264,6 +264,87 @@ class ModelReadiness(Document):
     ready: bool
 
 
+class ConfiguredTensor(Document):
+    """An input or output tensor in a model's configuration."""
+
+    name: str
+    data_type: str
+    dims: list[int] = Field(description="Without the batch axis.")
+
+
+class ModelConfiguration(Document):
+    """The configuration of a model, as Triton has it."""
+
+    name: str
+    platform: str
+    backend: str
+    version_policy: dict[str, dict[str, int]] = Field(description="All versions are served.")
+    max_batch_size: int = Field(description="Most rows of a request.")
+    input: list[ConfiguredTensor]
+    output: list[ConfiguredTensor]
+    dynamic_batching: dict[str, int] = Field(description="Requests share runs.")
+
+
+class Statistic(Document):
+    """Number of requests, and the time that they took together."""
+
+    count: int
+    ns: int
+
+
+class InferenceStatistics(Document):
+    """What requests took; all but ``fail`` are of those that succeeded."""
+
+    success: Statistic
+    fail: Statistic
+    queue: Statistic = Field(description="Waiting for runs.")
+    compute_input: Statistic = Field(description="Counted as part of compute_infer.")
+    compute_infer: Statistic = Field(description="In runs; a shared run counts in full.")
+    compute_output: Statistic = Field(description="Counted as part of compute_infer.")
+
+
+class VersionStatistics(Document):
+    """Statistics of a version of a model, as Triton has them."""
+
+    name: str
+    version: str
+    inference_count: int = Field(description="Rows answered.")
+    execution_count: int = Field(description="Runs of the graph.")
+    inference_stats: InferenceStatistics
+    batch_stats: list[object] = Field(description="Empty: times are not kept by size.")
+
+
+class ModelStatistics(Document):
+    """Statistics of models, as Triton has them."""
+
+    model_stats: list[VersionStatistics]
+
+
+class PredictionRequest(Document):
+    """A request of KServe's first protocol."""
+
+    instances: Annotated[
+        list[object],
+        Field(
+            description="Rows, as `inputs` of /predict.",
+            json_schema_extra={"items": {"type": "array", "items": {}}, "minItems": 1},
+        ),
+    ]
+    signature_name: str | None = Field(None, description="Ignored: a model has one.")
+
+
+class PredictionAnswer(Document):
+    """An answer of KServe's first protocol."""
+
+    predictions: Matrix = Field(description="Class probabilities or values of each row.")
+
+
+class ModelList(Document):
+    """The served models."""
+
+    models: list[str]
+
+
 class Live(Document):
     """The server answers."""
 
@@ -342,8 +423,12 @@ class InferDocument(Document):
     """A request of the Open Inference Protocol."""
 
     id: str | None = None
+    model_name: str | None = Field(None, description="If given, as in the path.")
+    model_version: str | None = Field(None, description="If given, the one that answers.")
     parameters: dict[str, object] = Field(
-        {}, description="passes, seed, masks and tolerance for NAME.mc; binary_data_output."
+        {},
+        description="binary_data_output; timeout in microseconds; for NAME.mc passes, seed, masks, "
+        "tolerance, interval and coverage. Hints of other servers' clients are ignored.",
     )
     inputs: list[InferTensor] = Field(min_length=1, max_length=1)
     outputs: list[InferOutput] | None = Field(None, description="All by default.")
@@ -356,7 +441,7 @@ class AnsweredTensor(Document):
     shape: list[int]
     datatype: str
     parameters: dict[str, object] = {}
-    data: list[float] | list[str] | None = None
+    data: list[float] | list[str] | list[bool] | None = None
 
 
 class InferAnswer(Document):

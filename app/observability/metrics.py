@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from http import HTTPStatus
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ SECONDS = (
 )
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "run", "total")
+# Counts of the requests to a model, by model, version and kind (eval mode or train-mode passes),
+# for `RequestStatistics`. They are no metrics of Prometheus, which has the same in other forms.
+STATISTICS = "statistics"
+EVAL, PASSES = "eval", "passes"
 
 Labels = tuple[str, ...]
 # A single number; or the count of each bucket, the last one unbounded, and the sum.
@@ -75,8 +80,20 @@ class ModelInfo(NamedTuple):
     provider: str
 
 
+class RequestStatistics(NamedTuple):
+    """What became of the requests to a model: numbers of requests and rows, sums of seconds."""
+
+    succeeded: float = 0
+    failed: float = 0
+    rows: float = 0
+    succeeded_seconds: float = 0
+    failed_seconds: float = 0
+    queue_seconds: float = 0
+    run_seconds: float = 0
+
+
 class Seen:
-    """Counts of the requests with one route, model, version and status."""
+    """Counts of the requests with one route, model, version and status, of one kind."""
 
     def __init__(self) -> None:
         self.stages: list[Numbers] = [empty(SECONDS) for _ in STAGES]
@@ -88,12 +105,12 @@ class Metrics:
     """The counters of one process."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, str, int, int], Seen] = {}
+        self.seen: dict[tuple[str, str, int, int, bool], Seen] = {}
         self.rejected: Counter[str] = Counter()
 
     def count(self, record: RequestRecord, seconds: float) -> None:
         """Count a request whose response came ``seconds`` after it."""
-        alike = (record.route, record.model, record.version, record.status)
+        alike = (record.route, record.model, record.version, record.status, record.passes > 0)
         seen = self.seen.get(alike)
         if seen is None:
             seen = self.seen[alike] = Seen()
@@ -132,7 +149,7 @@ class Metrics:
             (model, version, graph), size of a run, and number of such runs.
         """
         parts: list[Counts] = []
-        for (route, model, number, status), seen in self.seen.items():
+        for (route, model, number, status, passes), seen in self.seen.items():
             alike = (route, model, str(number or ""))
             part: Counts = {
                 ("dropserve_requests", (*alike, str(status))): [sum(seen.stages[-1][:-1])],
@@ -141,6 +158,8 @@ class Metrics:
             if model:
                 part["dropserve_rows", alike] = [seen.rows]
                 part["dropserve_passes", alike] = [seen.passes]
+                kind = (model, str(number), PASSES if passes else EVAL)
+                part[STATISTICS, kind] = [*statistics_of(seen, status)]
                 for stage, numbers in zip(STAGES, seen.stages, strict=True):
                     part["dropserve_request_seconds", (*alike, stage)] = numbers
             parts.append(part)
@@ -154,6 +173,21 @@ class Metrics:
             numbers[-1] = size * number
             parts.append({("dropserve_batch_size", graph): numbers})
         return Snapshot(pid, queue, connections, merged(parts))
+
+
+def statistics_of(seen: Seen, status: int) -> RequestStatistics:
+    """Return the statistics of requests that were answered with a status."""
+    queue, run, total = seen.stages
+    number = sum(total[:-1])
+    if status != HTTPStatus.OK:
+        return RequestStatistics(failed=number, failed_seconds=total[-1])
+    return RequestStatistics(
+        succeeded=number,
+        rows=seen.rows,
+        succeeded_seconds=total[-1],
+        queue_seconds=queue[-1],
+        run_seconds=run[-1],
+    )
 
 
 def empty(bounds: Sequence[float]) -> Numbers:

@@ -68,6 +68,6 @@ class RequestRecord:
         """Raise DeadlineExceeded if ``now``, by the monotonic clock, is past the time limit."""
         if now - self.start >= self.time_limit:
             raise DeadlineExceeded(
-                f"the answer was not ready within {self.time_limit * 1000:.0f} ms, "
+                f"the answer was not ready within {self.time_limit * 1000:.10g} ms, "
                 "so what was left to do was not begun"
             )

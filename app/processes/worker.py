@@ -19,7 +19,7 @@ from dropserve.app.inference import memory
 from dropserve.app.inference.registry import Engines, Served, load_engines
 from dropserve.app.inference.service import Service
 from dropserve.app.observability import logs, metrics, tracing
-from dropserve.app.observability.metrics import Snapshot
+from dropserve.app.observability.metrics import Counts, Snapshot
 from dropserve.app.processes.ipc import Group
 from dropserve.app.processes.supervisor import Start
 from dropserve.app.security.api_keys import Keys
@@ -101,6 +101,7 @@ class Worker:
             load=lambda name: self.group.change(Load(name)),
             unload=lambda name: self.group.change(Unload(name)),
             metrics=self.exposition,
+            counts=self.counts,
             startup=self.startup,
             shutdown=self.shutdown,
             origins=settings.origins(),
@@ -197,6 +198,14 @@ class Worker:
             await self.service.registry.reload()
         except LoadError as error:
             log.error("not all was loaded: %s", error)
+
+    async def counts(self) -> Counts:
+        """Return the counts of all workers together, those that died included."""
+        found = await self.group.ask(Count())
+        gone = found.gone if isinstance(found.gone, dict) else {}
+        return metrics.merged(
+            [gone, *(each.counts for each in found.answers if isinstance(each, Snapshot))]
+        )
 
     async def exposition(self) -> bytes:
         """Return the metrics of all workers, for Prometheus."""

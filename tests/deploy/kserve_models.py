@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODELS = Path(__file__).parents[2] / "build" / "kserve" / "kserve" / "models"
+ENVIRONMENT = Path(__file__).parents[2] / "build" / "clients" / "kserve"
 LIST = re.compile(r"list\[(\w+)\]")
 DICT = re.compile(r"dict\(str, (\w+)\)")
 # KServe's own types are V1beta1... and V1alpha1...
@@ -33,13 +33,14 @@ class Model:
 
 def read(name: str) -> Model | None:
     """Return the model of a name, or None if KServe publishes none."""
-    if not MODELS.exists():
-        raise FileNotFoundError("KServe's models are missing: make build/kserve/installed")
-    published = (MODELS / "__init__.py").read_text()
+    folder = next(ENVIRONMENT.glob("lib/python*/site-packages/kserve/models"), None)
+    if folder is None:
+        raise FileNotFoundError("KServe's models are missing: make build/clients/kserve/installed")
+    published = (folder / "__init__.py").read_text()
     found = re.search(rf"^from kserve\.models\.(\w+) import {name}$", published, re.MULTILINE)
     if not found:
         return None
-    text = (MODELS / f"{found[1]}.py").read_text()
+    text = (folder / f"{found[1]}.py").read_text()
     declared = {
         target.id: ast.literal_eval(statement.value)
         for part in ast.parse(text).body

@@ -391,19 +391,21 @@ def test_the_documentation_renders_from_the_service_alone(client: httpx.Client) 
         assert client.get(f"/{url}").status_code == 200
     document = client.get("/openapi.json").json()
     assert document["servers"] == [{"url": "."}]
-    own = {path for path in document["paths"] if not path.startswith("/v2")}
+    own = {path for path in document["paths"] if not path.startswith(("/v1", "/v2"))}
     health = {"/health/live", "/health/ready", "/metrics"}
     assert own == {"/predict", "/uncertainty", "/debug/mc"} | health
     model = "/v2/models/{name}"
     assert document["paths"].keys() - own == {
+        *("/v1/models", "/v1/models/{name}", "/v1/models/{name}:predict"),
         "/v2",
         "/v2/health/live",
         "/v2/health/ready",
         *(
             f"{model}{version}{what}"
             for version in ("", "/versions/{version}")
-            for what in ("", "/ready", "/infer")
+            for what in ("", "/ready", "/infer", "/config", "/stats")
         ),
+        "/v2/models/stats",
         "/v2/repository/index",
         "/v2/repository/models/{name}/load",
         "/v2/repository/models/{name}/unload",

@@ -76,7 +76,10 @@ def test_the_server_is_live_and_ready_and_says_who_it_is(triton: InferenceServer
     assert triton.get_server_metadata() == {
         "name": "dropserve",
         "version": metadata.version("dropserve"),
-        "extensions": ["binary_tensor_data", "model_repository"],
+        "extensions": [
+            *("binary_tensor_data", "model_configuration", "model_repository", "parameters"),
+            "statistics",
+        ],
     }
 
 
@@ -88,6 +91,13 @@ MOMENTS = [
     {"name": "mean", "datatype": "FP32", "shape": [-1, 10]},
     {"name": "std", "datatype": "FP32", "shape": [-1, 10]},
     {"name": "mutual_information", "datatype": "FP32", "shape": [-1]},
+    {"name": "lower", "datatype": "FP32", "shape": [-1, 10]},
+    {"name": "upper", "datatype": "FP32", "shape": [-1, 10]},
+    {"name": "prediction_set", "datatype": "BOOL", "shape": [-1, 10]},
+]
+VALUE_MOMENTS = [
+    {"name": name, "datatype": "FP32", "shape": [-1, 1]}
+    for name in ("mean", "std", "lower", "upper", "prediction_lower", "prediction_upper")
 ]
 
 
@@ -98,14 +108,7 @@ MOMENTS = [
         ("digits", [-1, 8, 8], CLASSES),
         ("digits.mc", [-1, 8, 8], MOMENTS),
         ("diabetes", [-1, 10], [{"name": "values", "datatype": "FP32", "shape": [-1, 1]}]),
-        (
-            "diabetes.mc",
-            [-1, 10],
-            [
-                {"name": "mean", "datatype": "FP32", "shape": [-1, 1]},
-                {"name": "std", "datatype": "FP32", "shape": [-1, 1]},
-            ],
-        ),
+        ("diabetes.mc", [-1, 10], VALUE_MOMENTS),
     ],
 )
 def test_a_model_is_ready_and_says_what_it_takes_and_answers(
@@ -121,18 +124,25 @@ def test_a_model_is_ready_and_says_what_it_takes_and_answers(
     }
 
 
+@pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("name", ["digits", "digits.mc", "diabetes", "diabetes.mc"])
 def test_outputs_are_as_the_metadata_describe_them(
-    triton: InferenceServerClient, examples: Examples, name: str
+    triton: InferenceServerClient, examples: Examples, name: str, binary: bool
 ) -> None:
     rows = np.array(examples(name.removesuffix(".mc"))[:3], np.float32)
-    (expected,) = triton.get_model_metadata(name)["inputs"]
+    described = triton.get_model_metadata(name)
+    (expected,) = described["inputs"]
     assert list(rows.shape) == [3, *expected["shape"][1:]]
-    answer = triton.infer(name, [tensor(rows, name=expected["name"])]).get_response()
-    for output in answer["outputs"]:
-        del output["parameters"]
+    outputs = [wanted(output["name"], binary) for output in described["outputs"]]
+    answer = triton.infer(name, [tensor(rows, name=expected["name"])], outputs=outputs)
+    found = answer.get_response()["outputs"]
+    for output in found:
+        if binary or output["datatype"] != "BYTES":
+            assert list(answer.as_numpy(output["name"]).shape) == output["shape"]
+        output.pop("parameters", None)
+        output.pop("data", None)
         output["shape"][0] = -1
-    assert answer["outputs"] == triton.get_model_metadata(name)["outputs"]
+    assert found == described["outputs"]
 
 
 @pytest.mark.parametrize(
@@ -403,13 +413,15 @@ WRONG = {
         outputs=("labels", "mean"),
     ),
     "another output of uncertainty": Wrong(
-        "outputs.0.name: must be one of mean, std, mutual_information, not 'labels'",
+        "outputs.0.name: must be one of mean, std, mutual_information, lower, upper, "
+        "prediction_set, not 'labels'",
         ROWS,
         "digits.mc",
         outputs=("labels",),
     ),
     "mutual information of a regression": Wrong(
-        "outputs.0.name: must be one of mean, std, not 'mutual_information'",
+        "outputs.0.name: must be one of mean, std, lower, upper, prediction_lower, "
+        "prediction_upper, not 'mutual_information'",
         np.zeros((1, 10)),
         "diabetes.mc",
         outputs=("mutual_information",),
@@ -418,19 +430,27 @@ WRONG = {
         "outputs.1.name: 'labels' is there twice", ROWS, outputs=("labels", "labels")
     ),
     "a parameter of a prediction": Wrong(
-        "parameters: none are allowed but for digits.mc", ROWS, parameters={"seed": 1}
+        "parameters.seed: is allowed only for digits.mc", ROWS, parameters={"seed": 1}
     ),
     "an unknown parameter": Wrong(
-        "parameters: allowed are passes, seed, masks, tolerance, not 'temperature'",
+        "parameters: allowed are passes, seed, masks, tolerance, interval, coverage, not 'pases'",
         ROWS,
         "digits.mc",
-        parameters={"temperature": 1},
+        parameters={"pases": 1},
     ),
-    "an interval": Wrong(
-        "parameters: allowed are passes, seed, masks, tolerance, not 'interval'",
+    "an interval of more than all": Wrong(
+        "interval: Input should be less than 1", ROWS, "digits.mc", parameters={"interval": 1.5}
+    ),
+    "a coverage that the bundle cannot give": Wrong(
+        "coverage: may be at most 0.996309 here, as the bundle holds 270 scores",
         ROWS,
         "digits.mc",
-        parameters={"interval": 0.5},
+        parameters={"coverage": 0.9999},
+    ),
+    "another codec": Wrong(
+        "parameters.content_type: must be one of np, pd, str, not 'base64'",
+        ROWS,
+        parameters={"content_type": "base64"},
     ),
     "no passes": Wrong(
         "passes: Input should be greater than or equal to 1",
@@ -515,22 +535,6 @@ def test_shared_memory_and_classifications_are_refused(triton: InferenceServerCl
         400,
         f"outputs.0.parameters.classification: {unsupported}",
     )
-
-
-@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-def test_a_compressed_body_is_a_415(triton: InferenceServerClient, algorithm: str) -> None:
-    refused(
-        lambda: triton.infer("digits", [tensor(ROWS)], request_compression_algorithm=algorithm),
-        415,
-        "the body must not be compressed (content-encoding)",
-    )
-
-
-def test_a_response_is_not_compressed_even_if_the_client_accepts_that(
-    triton: InferenceServerClient,
-) -> None:
-    result = triton.infer("digits", [tensor(ROWS)], response_compression_algorithm="gzip")
-    assert result.as_numpy("probabilities").shape == (2, 10)
 
 
 def test_a_body_that_is_too_large_is_a_413(triton: InferenceServerClient) -> None:
@@ -649,7 +653,8 @@ BY_HAND: dict[str, tuple[object, str]] = {
     "no inputs": ({"inputs": []}, "inputs: at least one tensor is needed"),
     "an unknown field": (
         {"inputs": [JSON_X], "colour": 1},
-        "body: allowed are id, parameters, inputs, outputs, not 'colour'",
+        "body: allowed are id, model_name, model_version, parameters, inputs, outputs, "
+        "not 'colour'",
     ),
     "an id that is a number": (
         {"inputs": [JSON_X], "id": 1},
@@ -711,7 +716,7 @@ def test_a_body_that_is_not_json_is_refused(client: httpx.Client, text: bytes) -
 def test_unknown_methods_and_paths_are_errors_of_the_protocol(client: httpx.Client) -> None:
     error(client.get("/v2/models/digits/infer"), 405)
     error(client.post("/v2/models/digits"), 405)
-    error(client.get("/v2/models/digits/config"), 404)
+    error(client.get("/v2/models/digits/weights"), 404)
     error(client.post("/v2/models/%2e%2e%2fdigits/infer", json={}), 404)
     error(client.post("/v2/models/digits%2f1/infer", json={}), 404)
 

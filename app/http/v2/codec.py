@@ -28,8 +28,11 @@ from starlette.exceptions import HTTPException
 from dropserve.app.errors import InputError
 from dropserve.app.http.bodies import load_json
 from dropserve.app.inference.rows import LARGEST, LISTS, NUMBERS, check_numbers, json_type, packed
+from dropserve.app.observability.record import MAX_TIMEOUT_MS
 
 Buffer = bytes | bytearray
+# The values of an output: FP32, BOOL, or strings, which become one-dimensional BYTES.
+Column = NDArray[np.float32] | NDArray[np.bool_] | Sequence[str]
 Expected = TypeVar("Expected")
 
 WHOLE = (1, 2, 4, 8)
@@ -46,11 +49,20 @@ MOST_ELEMENTS = 2**31 - 1
 LONGEST_QUOTE = 100
 SAFE_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,128}")
 
-REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
+REQUEST_FIELDS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
 OUTPUT_FIELDS = ("name", "parameters")
 # If these were ignored, the answer would differ from the requested one.
-REFUSED_PARAMETERS = ("shared_memory_region", "classification")
+REFUSED_PARAMETERS = (
+    *("shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"),
+    "classification",
+)
+# MLServer's names of codecs for which tensors are as they are here. Others change the data.
+CONTENT_TYPES = ("np", "pd", "str")
+# Parameters of requests that cannot change the answer: where the request stands in a queue or in a
+# sequence (a sequence's id is checked), and what codecs and gateways add.
+HINTS = ("priority", "sequence_id", "sequence_start", "sequence_end", "content_type", "headers")
+MAX_TIMEOUT_MICROSECONDS = MAX_TIMEOUT_MS * 1000
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,30 @@ class WantedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request; ``outputs`` is None for all outputs, ``binary`` is their default form."""
+    """A request.
+
+    Parameters
+    ----------
+    id
+        Repeated in the response.
+    model_name, model_version
+        What the body says of the model in the path; empty: nothing.
+    time_limit
+        Seconds the response may take; infinity: the request does not say.
+    parameters
+        Those that the protocol leaves to the model.
+    inputs
+        The input tensors.
+    outputs
+        The requested outputs; None for all.
+    binary
+        Whether outputs are in binary form by default.
+    """
 
     id: str | None
+    model_name: str
+    model_version: str
+    time_limit: float
     parameters: dict[str, object]
     inputs: list[Tensor]
     outputs: list[WantedOutput] | None
@@ -114,6 +147,10 @@ def parse_request(
     parameters = read_parameters(request, "parameters")
     said = parameters.pop("binary_data_output", None)
     binary = said is not None and of_type(said, bool, "parameters.binary_data_output")
+    time_limit = read_timeout(parameters.pop("timeout", None))
+    if parameters.get("sequence_id"):
+        raise InputError("parameters.sequence_id", "must be 0: requests do not depend on others")
+    parameters = {name: value for name, value in parameters.items() if name not in HINTS}
     inputs, end = [], length
     for number, item in enumerate(of_type(request.get("inputs"), list, "inputs")):
         tensor, end = read_input(item, body, end, f"inputs.{number}")
@@ -129,7 +166,16 @@ def parse_request(
     outputs = [read_output(item, binary, f"outputs.{n}") for n, item in enumerate(wanted)]
     check_names([output.name for output in outputs], "outputs")
     # As in Triton, an empty list asks for all.
-    return InferRequest(read_id(request.get("id")), parameters, inputs, outputs or None, binary)
+    return InferRequest(
+        read_id(request.get("id")),
+        read_text(request.get("model_name"), "model_name"),
+        read_text(request.get("model_version"), "model_version"),
+        time_limit,
+        parameters,
+        inputs,
+        outputs or None,
+        binary,
+    )
 
 
 def read_input(item: object, body: Buffer, start: int, path: str) -> tuple[Tensor, int]:
@@ -267,7 +313,29 @@ def read_parameters(fields: dict[str, object], path: str) -> dict[str, object]:
     for name in REFUSED_PARAMETERS:
         if name in parameters:
             raise InputError(f"{path}.{name}", "is not supported, leave it out")
+    content_type = parameters.get("content_type")
+    if content_type is not None and content_type not in CONTENT_TYPES:
+        said = quote(content_type) if isinstance(content_type, str) else json_type(content_type)
+        allowed = ", ".join(CONTENT_TYPES)
+        raise InputError(f"{path}.content_type", f"must be one of {allowed}, not {said}")
     return parameters
+
+
+def read_timeout(value: object) -> float:
+    """Return the time limit of a request in seconds, given in microseconds; 0 or None: none."""
+    if value is None:
+        return math.inf
+    if type(value) is not int or not 0 <= value <= MAX_TIMEOUT_MICROSECONDS:
+        raise InputError(
+            "parameters.timeout",
+            f"must be a whole number of microseconds from 0 to {MAX_TIMEOUT_MICROSECONDS}",
+        )
+    return value / 1e6 or math.inf
+
+
+def read_text(value: object, path: str) -> str:
+    """Return a text that may be left out."""
+    return "" if value is None else of_type(value, str, path)
 
 
 def read_id(value: object) -> str | None:
@@ -300,7 +368,7 @@ def quote(text: str) -> str:
 
 def write_response(
     head: dict[str, object],
-    outputs: Sequence[tuple[str, NDArray[np.float32] | Sequence[str], bool]],
+    outputs: Sequence[tuple[str, Column, bool]],
 ) -> tuple[bytes, int | None]:
     """Write the body of a response.
 
@@ -309,8 +377,7 @@ def write_response(
     head
         The fields besides the outputs.
     outputs
-        Name, values (strings become one-dimensional BYTES), and whether the output is in binary
-        form.
+        Name, values, and whether the output is in binary form.
 
     Returns
     -------
@@ -324,7 +391,8 @@ def write_response(
     for name, values, binary in outputs:
         entry: dict[str, object] = {"name": name}
         if isinstance(values, np.ndarray):
-            entry |= {"datatype": "FP32", "shape": values.shape}
+            datatype = "BOOL" if values.dtype == np.bool_ else "FP32"
+            entry |= {"datatype": datatype, "shape": values.shape}
         else:
             entry |= {"datatype": "BYTES", "shape": [len(values)]}
         if binary:
@@ -338,9 +406,9 @@ def write_response(
     return (b"".join([header, *tensors]), len(header)) if tensors else (header, None)
 
 
-def pack(values: NDArray[np.float32] | Sequence[str]) -> bytes:
+def pack(values: Column) -> bytes:
     """Return the bytes of an output; each string follows its length in bytes."""
     if isinstance(values, np.ndarray):
-        return values.astype("<f4", copy=False).tobytes()
+        return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     encoded = [text.encode() for text in values]
     return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

@@ -1,7 +1,9 @@
 """``infer`` of the Open Inference Protocol v2: tensors to rows, answers to tensors.
 
 A model takes one input tensor, named in its manifest. Beside each model NAME there is NAME.mc,
-which answers with the mean and the standard deviation of train-mode passes.
+which answers with the mean and the standard deviation of train-mode passes. Fields and parameters
+that cannot change the answer are taken, whatever client writes them; those that could, and are not
+supported, are refused.
 
 References
 ----------
@@ -9,20 +11,19 @@ https://github.com/kserve/open-inference-protocol, ``specification/protocol/infe
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from dropserve.app.errors import InputError, UnknownModel
 from dropserve.app.http.bodies import JSON, Headers, Request, Response
 from dropserve.app.http.schemas import TensorDescription, UncertaintyRequest
 from dropserve.app.http.v2 import codec
-from dropserve.app.http.v2.codec import InferRequest, WantedOutput
+from dropserve.app.http.v2.codec import Column, InferRequest, WantedOutput
+from dropserve.app.inference.answers import Answer
 from dropserve.app.inference.query import PredictQuery, Query
 from dropserve.app.inference.rows import Rows
 from dropserve.app.inference.runner import ModelRunner
@@ -36,9 +37,14 @@ HEADER_LENGTH = b"inference-header-content-length"
 # Content types that forms have.
 SIMPLE_TYPES = (b"application/x-www-form-urlencoded", b"multipart/form-data", b"text/plain")
 # Parameters that NAME.mc takes.
-PARAMETERS = ("passes", "seed", "masks", "tolerance")
-
-Column = NDArray[np.float32] | Sequence[str]
+PARAMETERS = ("passes", "seed", "masks", "tolerance", "interval", "coverage")
+# Outputs of NAME.mc that come, unless requested by name, only with the parameter of that name.
+OPTIONAL = {
+    "interval": ("lower", "upper"),
+    "coverage": ("prediction_set", "prediction_lower", "prediction_upper"),
+}
+# Coverage of a requested prediction set or interval without that parameter.
+COVERAGE = Query.interval
 
 
 class Target(NamedTuple):
@@ -98,6 +104,8 @@ class Infer:
     async def answer(self, asked: Asked, record: RequestRecord) -> Answered:
         """Answer a request."""
         name, target, runner, request = asked
+        record.time_limit = min(record.time_limit, request.time_limit)
+        check_model(asked)
         x = rows_of(runner, request)
         outputs = wanted_outputs(runner, request, mc=target.mc)
         manifest = runner.manifest
@@ -105,7 +113,7 @@ class Infer:
         if request.id is not None:
             head["id"] = request.id
         if target.mc:
-            mc_query = parse_query(request, x, runner)
+            mc_query = parse_query(request, x, outputs, runner)
             answer = await self.service.uncertainty(mc_query, record)
             told = (
                 ["passes", "seed"]
@@ -114,11 +122,12 @@ class Infer:
             )
             head["parameters"] = {name: answer[name] for name in told}
         else:
-            if request.parameters:
-                raise InputError("parameters", f"none are allowed but for {target.name}{MC}")
+            # Others cannot change the answer; these would change that of NAME.mc.
+            for parameter in request.parameters.keys() & set(PARAMETERS):
+                raise InputError(f"parameters.{parameter}", f"is allowed only for {name}{MC}")
             query = PredictQuery(x, manifest.name, manifest.version)
             answer = await self.service.predict(query, record)
-        columns = [(each.name, as_column(answer[each.name]), each.binary) for each in outputs]
+        columns = [(each.name, column(runner, answer, each.name), each.binary) for each in outputs]
         return Answered(head, columns)
 
 
@@ -179,11 +188,29 @@ def rows_of(runner: ModelRunner, request: InferRequest) -> Rows:
     return tensor.values.reshape(count, *expected.shape)
 
 
+def check_model(asked: Asked) -> None:
+    """Raise InputError if the body of a request names another model than its path."""
+    name, _, runner, request = asked
+    if request.model_name not in ("", name):
+        said = codec.quote(request.model_name)
+        raise InputError("model_name", f"must be {name}, as in the path, not {said}")
+    version = str(runner.manifest.version)
+    if request.model_version not in ("", version):
+        said = codec.quote(request.model_version)
+        raise InputError("model_version", f"must be {version}, which the path means, not {said}")
+
+
 def wanted_outputs(runner: ModelRunner, request: InferRequest, *, mc: bool) -> list[WantedOutput]:
-    """Return the outputs that a request names, or all."""
+    """Return the outputs that a request names, or those that it gets by default."""
     names = [each.name for each in model_outputs(runner, mc=mc)]
     if request.outputs is None:
-        return [WantedOutput(name, request.binary) for name in names]
+        left_out = {
+            name
+            for parameter, some in OPTIONAL.items()
+            if request.parameters.get(parameter) is None
+            for name in some
+        }
+        return [WantedOutput(name, request.binary) for name in names if name not in left_out]
     for number, output in enumerate(request.outputs):
         if output.name not in names:
             raise InputError(
@@ -193,31 +220,68 @@ def wanted_outputs(runner: ModelRunner, request: InferRequest, *, mc: bool) -> l
     return request.outputs
 
 
-def parse_query(request: InferRequest, x: Rows, runner: ModelRunner) -> Query:
-    """Return the query of a request for NAME.mc."""
+def parse_query(
+    request: InferRequest, x: Rows, outputs: list[WantedOutput], runner: ModelRunner
+) -> Query:
+    """Return the query of a request for some outputs of NAME.mc."""
     for name in request.parameters.keys() - set(PARAMETERS):
         raise InputError("parameters", f"allowed are {', '.join(PARAMETERS)}, not {name[:100]!r}")
     asked = UncertaintyRequest.model_validate({"inputs": [], **request.parameters})
+    coverage = asked.coverage
+    if coverage is None and any(each.name in OPTIONAL["coverage"] for each in outputs):
+        coverage = COVERAGE
     manifest = runner.manifest
-    return replace(asked.query(), inputs=x, model=manifest.name, version=manifest.version)
+    return replace(
+        asked.query(),
+        inputs=x,
+        model=manifest.name,
+        version=manifest.version,
+        coverage=coverage,
+    )
 
 
-def as_column(values: object) -> Column:
-    """Return the values that an answer holds under the name of an output."""
+def column(runner: ModelRunner, answer: Answer, name: str) -> Column:
+    """Return the values of an output from an answer, where parts of them are nested."""
+    values = answer.get(name)
+    if name in OPTIONAL["interval"]:
+        values = part(answer, "interval")[name]
+    elif name in ("prediction_lower", "prediction_upper"):
+        values = part(answer, "prediction_interval")[name.removeprefix("prediction_")]
+    elif name == "prediction_set":
+        assert isinstance(values, list)
+        # [B, C]: tensors have no rows of different lengths.
+        values = np.array([[label in row for label in runner.labels] for row in values])
     assert isinstance(values, np.ndarray | list)
     return values
 
 
+def part(answer: Answer, name: str) -> dict[str, object]:
+    """Return an object inside an answer."""
+    found = answer[name]
+    assert isinstance(found, dict)
+    return found
+
+
 def model_outputs(runner: ModelRunner, *, mc: bool) -> list[TensorDescription]:
     """Describe the outputs of a model, or of its Monte Carlo answer."""
-    matrix = [-1, len(runner.manifest.outputs.labels)]
-    if mc:
-        columns = {"mean": matrix, "std": matrix}
+    matrix = [-1, len(runner.labels)]
+    columns: dict[str, tuple[str, list[int]]]
+    if not mc:
+        columns = {"probabilities" if runner.is_classifier else "values": ("FP32", matrix)}
         if runner.is_classifier:
-            columns["mutual_information"] = [-1]
+            columns["labels"] = ("BYTES", [-1])
     else:
-        columns = {"probabilities" if runner.is_classifier else "values": matrix}
-    found = [TensorDescription(name=n, datatype="FP32", shape=s) for n, s in columns.items()]
-    if runner.is_classifier and not mc:
-        found.append(TensorDescription(name="labels", datatype="BYTES", shape=[-1]))
-    return found
+        columns = dict.fromkeys(("mean", "std"), ("FP32", matrix))
+        if runner.is_classifier:
+            columns["mutual_information"] = ("FP32", [-1])
+        columns |= dict.fromkeys(OPTIONAL["interval"], ("FP32", matrix))
+        if runner.manifest.conformal_scores is not None:
+            in_set, *bounds = OPTIONAL["coverage"]
+            if runner.is_classifier:
+                columns[in_set] = ("BOOL", matrix)
+            else:
+                columns |= dict.fromkeys(bounds, ("FP32", matrix))
+    return [
+        TensorDescription(name=name, datatype=datatype, shape=shape)
+        for name, (datatype, shape) in columns.items()
+    ]

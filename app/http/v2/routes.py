@@ -1,8 +1,10 @@
-"""Metadata routes of the Open Inference Protocol: server, models, readiness.
+"""Metadata routes of the Open Inference Protocol: server, models, readiness, configuration.
 
 References
 ----------
 https://github.com/kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``
+https://github.com/triton-inference-server/server,
+``docs/protocol/extension_model_configuration.md``
 """
 
 from fastapi import APIRouter
@@ -10,6 +12,8 @@ from fastapi.params import Depends as Dependency
 
 import dropserve
 from dropserve.app.http.schemas import (
+    ConfiguredTensor,
+    ModelConfiguration,
     ModelDescription,
     ModelReadiness,
     ServerDescription,
@@ -18,8 +22,10 @@ from dropserve.app.http.schemas import (
 from dropserve.app.http.v2.infer import model_outputs, parse_target
 from dropserve.app.inference.service import Service
 
-PLATFORM = "onnxruntime_onnx"
-EXTENSIONS = ["binary_tensor_data", "model_repository"]
+PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
+EXTENSIONS = [
+    *("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"),
+]
 
 
 def router(service: Service, guard: Dependency) -> APIRouter:
@@ -48,6 +54,19 @@ def router(service: Service, guard: Dependency) -> APIRouter:
             outputs=model_outputs(runner, mc=target.mc),
         )
 
+    def configure(name: str, version: str | None) -> ModelConfiguration:
+        described = describe(name, version)
+        return ModelConfiguration(
+            name=name,
+            platform=PLATFORM,
+            backend=BACKEND,
+            version_policy={"all": {}},
+            max_batch_size=service.max_rows,
+            input=[configured(tensor) for tensor in described.inputs],
+            output=[configured(tensor) for tensor in described.outputs],
+            dynamic_batching={},
+        )
+
     def ready(name: str, version: str | None) -> ModelReadiness:
         target = parse_target(name, version)
         service.registry.find(target.name, target.version)
@@ -73,4 +92,20 @@ def router(service: Service, guard: Dependency) -> APIRouter:
         """Report that a version of a model is served."""
         return ready(name, version)
 
+    @routes.get("/models/{name}/config")
+    async def model_config(name: str) -> ModelConfiguration:
+        """Return the configuration of a model, as Triton has it."""
+        return configure(name, None)
+
+    @routes.get("/models/{name}/versions/{version}/config")
+    async def model_version_config(name: str, version: str) -> ModelConfiguration:
+        """Return the configuration of a version, as Triton has it."""
+        return configure(name, version)
+
     return routes
+
+
+def configured(tensor: TensorDescription) -> ConfiguredTensor:
+    """Return the description of a tensor as Triton has it: without the batch axis."""
+    datatype = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+    return ConfiguredTensor(name=tensor.name, data_type=f"TYPE_{datatype}", dims=tensor.shape[1:])

@@ -61,6 +61,7 @@ def application(built: Path, context: Context) -> Iterator[Application]:
         load=nothing,
         unload=nothing,
         metrics=nothing,
+        counts=nothing,
         startup=lambda: None,
         shutdown=lambda: None,
     )

@@ -220,7 +220,7 @@ def test_what_is_no_tensor_is_refused_where_it_stands(
 
 
 X = tensor()
-FIELDS = "allowed are id, parameters, inputs, outputs, not"
+FIELDS = "allowed are id, model_name, model_version, parameters, inputs, outputs, not"
 BAD_ID = "must be a string of at most 128 characters, no control characters"
 BAD_REQUESTS = [
     ([], "body", "must be an object, not a list"),
