@@ -73,9 +73,9 @@ def shortened(text: str, limit: int) -> str:
 
 
 def quoted(value: object) -> str:
-    """Quote a value of a bundle, for a message."""
-    # No repr of lists: it fails on deep ones.
-    return shortened(repr(value if isinstance(value, str | int) else type(value)), MAX_QUOTED)
+    """Quote a text or a number of a bundle, or name the type of anything else, for a message."""
+    quotation = repr(value) if isinstance(value, str | int) else type(value).__name__
+    return shortened(quotation, MAX_QUOTED)
 
 
 class Record(BaseModel):
@@ -257,13 +257,14 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def check_conformal_scores(self) -> Self:
-        """Refuse scores that are not ascending, or do not cover each target."""
+        """Refuse scores that are not ascending, or not the same number for each target."""
         lists = len(self.outputs.labels) if self.task == "regression" else 1
         if self.conformal_scores is not None and (
             len(self.conformal_scores) != lists
             or any(not scores or list(scores) != sorted(scores) for scores in self.conformal_scores)
+            or len(set(map(len, self.conformal_scores))) > 1
         ):
-            raise ValueError(f"conformal_scores must be {lists} ascending lists")
+            raise ValueError(f"conformal_scores must be {lists} ascending lists of one length")
         return self
 
 

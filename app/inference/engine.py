@@ -12,7 +12,7 @@ from dropserve.app.bundles.loader import Bundle
 from dropserve.app.errors import StartError
 from dropserve.app.inference.batcher import Paces
 from dropserve.app.inference.examples import Examples, read_examples
-from dropserve.app.inference.providers import Device, open_session
+from dropserve.app.inference.providers import FATAL, Device, open_session
 from dropserve.export.bundle import (
     PREDICT,
     ROWS,
@@ -23,7 +23,6 @@ from dropserve.export.bundle import (
     shortened,
 )
 
-ERRORS_ONLY = 3
 # onnxruntime's names of the types that the service feeds and reads.
 ROWS_TYPE, FLOATS, BOOLS = "tensor(int64)", "tensor(float)", "tensor(bool)"
 # What stands before the reason in a message of onnxruntime: a code, and places in its source.
@@ -149,7 +148,8 @@ def open_graph(
     # By default onnxruntime sizes its pools for the host, not for this process's share of it.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = ERRORS_ONLY
+    # What fails is raised, too.
+    options.log_severity_level = FATAL
     with refusing(f"{file} does not load"):
         session = open_session(graph, device, options)
         found, given = session.get_inputs(), session.get_outputs()

@@ -70,19 +70,22 @@ def load_engine(place: Path, device: Device, threads: int) -> Engine:
         stream = MaskStream(0, engine.manifest.sites)
         trial = PassesJob(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
     with refusing(f"{PREDICT} does not run"):
-        check_outcome(PREDICT, *batch.predict(engine, [inputs]))
+        check_outcome(PREDICT, engine, *batch.predict(engine, [inputs]))
         predict = predict_pace(engine)
     with refusing(f"{STOCHASTIC} does not run"):
-        check_outcome(STOCHASTIC, *batch.run_passes(engine, [trial]))
+        check_outcome(STOCHASTIC, engine, *batch.run_passes(engine, [trial]))
         passes = passes_pace(engine)
     engine.paces = Paces(predict, passes)
     return engine
 
 
-def check_outcome(file: str, outcome: object) -> None:
-    """Raise BundleError if a bundle's own examples have no finite answer."""
+def check_outcome(file: str, engine: Engine, outcome: object) -> None:
+    """Raise BundleError if the bundle's own examples have no finite answer."""
     if isinstance(outcome, InputError):
-        raise BundleError(f"{file} does not answer the bundle's own examples: {outcome}")
+        precision = engine.manifest.precision
+        raise BundleError(
+            f"{file} answers the bundle's own examples with NaN, or beyond {precision}"
+        )
 
 
 class VersionStatus(NamedTuple):
