@@ -170,12 +170,18 @@ def where_first(name: str, to: int) -> Callable[[onnx.GraphProto], None]:
 
 
 def reshaped(*how: NodeProto, constants: Sequence[TensorProto] = ()) -> bytes:
-    """Return a graph that reshapes its numbers, of shape ``there``, to ``wanted``."""
+    """Return a graph that reshapes its numbers, of shape ``there``, to ``wanted``.
+
+    It also adds ``more``, if one of the nodes computes that.
+    """
+    some = "some"
+    if any("more" in each.output for each in how):
+        how, some = (*how, node("Add", ["some", "more"], ["sum"])), "sum"
     return graph(
         # Not by a Concat, which onnxruntime would take the liberty to understand.
         node("Shape", ["some"], ["there"]),
         *how,
-        node("Reshape", ["some", "wanted"], ["y"]),
+        node("Reshape", [some, "wanted"], ["y"]),
         constants=constants,
     )
 
@@ -207,6 +213,26 @@ BAD: dict[str, Bad] = {
                 node("Equal", ["there", "most"], ["full"]),
                 node("Where", ["full", "seven", "there"], ["wanted"]),
                 constants=[constant("most", [64, 0], np.int64), SEVEN],
+            )
+        ),
+        r"predict\.onnx does not run: .*Input shape:\{64,10\}, requested shape:\{7,10\}$",
+    ),
+    "slow-reshape-of-64": Bad(
+        predict(
+            reshaped(
+                node("Equal", ["there", "most"], ["full"]),
+                node("Where", ["full", "seven", "there"], ["wanted"]),
+                # Several milliseconds, of a shape that onnxruntime cannot compute beforehand.
+                node("Mul", ["there", "none"], ["zeros"]),
+                node("Add", ["zeros", "much"], ["size"]),
+                node("ConstantOfShape", ["size"], ["many"]),
+                node("ReduceMax", ["many"], ["more"], keepdims=0),
+                constants=[
+                    constant("most", [64, 0], np.int64),
+                    constant("much", [2**12, 2**12], np.int64),
+                    SEVEN,
+                    NONE,
+                ],
             )
         ),
         r"predict\.onnx does not run: .*Input shape:\{64,10\}, requested shape:\{7,10\}$",

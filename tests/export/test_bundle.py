@@ -121,6 +121,29 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         publish(tmp_path / "file")
 
 
+def test_files_that_the_service_would_not_read_are_not_published(tmp_path: Path) -> None:
+    files = FILES | {bundle.EXAMPLES: bytes(bundle.LIMITS[bundle.EXAMPLES] + 1)}
+    with pytest.raises(BundleError, match=r"^examples\.json would be larger than 8388608 bytes$"):
+        bundle.publish(tmp_path, "coins", files, lambda *of: manifest("coins", *of))
+
+    def no_labels(version: int, sums: dict[str, str]) -> bundle.Manifest:
+        return bundle.Manifest.model_validate(
+            manifest("coins", version, sums).model_dump()
+            | {"outputs": {"name": "output", "labels": [], "units": None}}
+        )
+
+    with pytest.raises(BundleError, match=r"^manifest\.json: outputs\.labels: Tuple should have"):
+        bundle.publish(tmp_path, "coins", FILES, no_labels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_is_one_printable_line_of_bounded_length() -> None:
+    said = str(BundleError("a\n\x1b[1mb\u202e" + "x" * 10**6))
+    assert said.startswith(r"a\n\x1b[1mb\u202ex")
+    assert len(said) == bundle.MAX_MESSAGE
+    assert str(BundleError(said)) == said
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a b", ".hidden", "a" * 65, "é"])
 def test_a_name_that_could_lead_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BundleError, match="a model's name must be letters, digits"):

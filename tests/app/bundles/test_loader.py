@@ -74,6 +74,78 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, file: str) -> None
         read_all(place)
 
 
+def test_a_file_that_becomes_a_link_just_before_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = publish(tmp_path)
+    outside = tmp_path / "outside"
+    outside.write_bytes((place / bundle.PREDICT).read_bytes())
+    really = os.open
+
+    def swap(path: str | Path, flags: int, *, dir_fd: int | None = None) -> int:
+        if path == bundle.PREDICT:
+            (place / bundle.PREDICT).unlink()
+            (place / bundle.PREDICT).symlink_to(outside)
+        return really(path, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(BundleError, match=r"^predict.onnx is a link, not a file$"):
+        read_all(place)
+
+
+@pytest.mark.parametrize("swapped", ["coins", "1"])
+def test_a_directory_that_becomes_a_link_while_it_is_opened_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
+) -> None:
+    place = publish(tmp_path / "models")
+    publish(tmp_path / "outside")
+    really = os.open
+
+    def swap(path: str | Path, flags: int, *, dir_fd: int | None = None) -> int:
+        if path == swapped:
+            there = place if swapped == "1" else place.parent
+            there.rename(tmp_path / "away")
+            there.symlink_to(tmp_path / "outside" / there.relative_to(tmp_path / "models"))
+        return really(path, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(BundleError, match=r"^its directory cannot be read: Not a directory$"):
+        read_all(place)
+
+
+def test_a_directory_that_is_swapped_for_another_while_it_is_read_is_read_on(
+    tmp_path: Path,
+) -> None:
+    place = publish(tmp_path / "models")
+    publish(tmp_path / "outside")
+    with loader.opened(place) as folder:
+        read = loader.manifest_in(folder, place)
+        place.rename(tmp_path / "away")
+        place.symlink_to(tmp_path / "outside" / "coins" / "1")
+        (tmp_path / "outside" / "coins" / "1" / bundle.PREDICT).unlink()
+        assert loader.read_file(folder, read, bundle.PREDICT) == FILES[bundle.PREDICT]
+
+
+def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    place = publish(tmp_path)
+    (place.parent / "2").symlink_to("/tmp")
+    (place.parent / "3").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    read_all(place)
+    for version in ("2", "3", "4"):
+        with pytest.raises(BundleError):
+            read_all(place.parent / version)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_link_that_cannot_be_followed_hides_no_other_model(tmp_path: Path) -> None:
+    place = publish(tmp_path)
+    for link in (tmp_path / "zloop", place.parent / "7"):
+        link.symlink_to("x" * 300)  # longer than a name may be
+    (tmp_path / "loop").symlink_to("loop")
+    assert list(loader.bundle_folders(tmp_path)) == [place]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     place = publish(tmp_path)
     (place / bundle.STOCHASTIC).unlink()
