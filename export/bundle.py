@@ -1,4 +1,4 @@
-"""The bundle, a directory ``models/NAME/VERSION`` with an exported model: read, write, manifest.
+"""The bundle, a directory ``models/NAME/VERSION`` with an exported model: its manifest and files.
 
     manifest.json     inputs, outputs, dropout sites, provenance and checksums
     predict.onnx      eval mode
@@ -10,11 +10,10 @@ imports neither torch nor onnx.
 """
 
 import hashlib
-import json
+import math
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,9 +31,23 @@ EXAMPLES = "examples.json"
 ROWS = "rows"
 FILES = (PREDICT, STOCHASTIC, EXAMPLES)
 
-MAX_MANIFEST_BYTES = 16 * 2**20
 # Limit of protobuf, and so of ONNX.
-MAX_FILE_BYTES = 2**31 - 1
+MAX_GRAPH_BYTES = 2**31 - 1
+# Largest size of each file, in bytes. Reading the examples takes up to 30 times their size.
+LIMITS = {
+    MANIFEST: 16 * 2**20,
+    PREDICT: MAX_GRAPH_BYTES,
+    STOCHASTIC: MAX_GRAPH_BYTES,
+    EXAMPLES: 8 * 2**20,
+}
+# Most fields of all objects in the manifest: pydantic takes a kilobyte for each faulty one.
+MAX_FIELDS = 20_000
+# Every example is run when a bundle is loaded.
+MAX_EXAMPLES = 100
+# Most numbers in one row, and in the masks of one pass; most axes of either.
+MAX_NUMBERS, MAX_AXES = 2**24, 16
+# Most characters of a name, label or unit; of text that a message quotes; of a message.
+MAX_TEXT, MAX_QUOTED, MAX_MESSAGE = 1000, 100, 1000
 
 NAME_RULE = "letters, digits, '_', '-' and '.', at most 64, the first a letter or digit"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -43,7 +56,26 @@ RESERVED_SUFFIX = ".mc"
 
 
 class BundleError(Exception):
-    """A bundle cannot be written or read; the message says which and why."""
+    """A bundle cannot be written or read; the message says which and why.
+
+    A bundle's own text may be part of the message, so it is made one line of at most
+    ``MAX_MESSAGE`` printable characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:MAX_MESSAGE])
+        super().__init__(shortened(escaped, MAX_MESSAGE))
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text of at most ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def quoted(value: object) -> str:
+    """Quote a text or a number of a bundle, or name the type of anything else, for a message."""
+    quotation = repr(value) if isinstance(value, str | int) else type(value).__name__
+    return shortened(quotation, MAX_QUOTED)
 
 
 class Record(BaseModel):
@@ -52,14 +84,23 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# Of a long list, the first fault is enough.
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Texts = Annotated[tuple[Text, ...], Field(fail_fast=True)]
+Length = Annotated[int, Field(ge=1, le=MAX_NUMBERS)]
+Shape = Annotated[tuple[Length, ...], Field(max_length=MAX_AXES, fail_fast=True)]
+Noise = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(fail_fast=True)]
+Scores = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(fail_fast=True)]
+
+
 class Input(Record):
     """The input of one row."""
 
-    name: str
-    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Without the batch axis.")
+    name: Text
+    shape: Shape = Field(min_length=1, description="Without the batch axis.")
     dtype: Literal["float32"] = "float32"
-    features: tuple[str, ...] = Field(description="Names in order; empty for images.")
-    feature_ranges: tuple[tuple[float, float], ...] = Field(
+    features: Texts = Field(description="Names in order; empty for images.")
+    feature_ranges: Annotated[tuple[tuple[float, float], ...], Field(fail_fast=True)] = Field(
         description="Minimum and maximum of each feature in the training split; empty for images."
     )
     range: tuple[float, float] = Field(description="Minimum and maximum over all features.")
@@ -68,19 +109,19 @@ class Input(Record):
 class Outputs(Record):
     """The output for one row."""
 
-    name: str
-    labels: tuple[str, ...] = Field(description="C class labels, or names of the targets.")
-    units: tuple[str, ...] | None = Field(description="Units of the targets, where known.")
+    name: Text
+    labels: Texts = Field(min_length=1, description="C class labels, or names of the targets.")
+    units: Texts | None = Field(description="Units of the targets, where known.")
 
 
 class DropoutSite(Record):
     """A place in the network where dropout acts."""
 
-    name: str
+    name: Text
     p: float = Field(ge=0, lt=1)
     scaling: Literal["double", "classic", "inverted"]
-    mask_input: str = Field(description="Name of the mask's input in stochastic.onnx.")
-    mask_shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="Mask of one pass.")
+    mask_input: Text = Field(description="Name of the mask's input in stochastic.onnx.")
+    mask_shape: Shape = Field(description="Mask of one pass.")
     folded: bool = Field(
         description="Whether the eval factor is folded into weights of predict.onnx; if not, a Mul "
         "node applies it."
@@ -150,29 +191,57 @@ class Manifest(Record):
     values_per_pass: int = Field(
         ge=1, description="Numbers that stochastic.onnx computes for each pass."
     )
-    sites: tuple[DropoutSite, ...]
+    sites: Annotated[tuple[DropoutSite, ...], Field(fail_fast=True)]
     noise: Literal["constant", "input"] = Field(
         default="constant",
         description="Noise of the targets of a regression: constant, or a function of the input. "
         "With input, the graphs return [., 2C]: C values, then the logarithms of their noise's "
         "standard deviations.",
     )
-    noise_std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+    noise_std: Noise | None = Field(
         description="Standard deviation of the targets around the passes, [C]: tau^(-1/2). Null "
         "for a classification, and where the noise depends on the input."
     )
     provenance: Provenance
     files: dict[str, str] = Field(description="SHA-256 of every other file.")
-    conformal_scores: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] | None = Field(
+    conformal_scores: Annotated[tuple[Scores, ...], Field(fail_fast=True)] | None = Field(
         default=None,
         description="Nonconformity scores of held-out rows, ascending: one list for all classes, "
         "or one for each target; see export/conformal.py.",
     )
 
     @property
+    def row_numbers(self) -> int:
+        """Numbers of one row."""
+        return math.prod(self.input.shape)
+
+    @property
+    def mask_numbers(self) -> int:
+        """Numbers of the masks of one pass."""
+        return sum(math.prod(site.mask_shape) for site in self.sites)
+
+    @property
     def width(self) -> int:
         """Numbers that a graph returns for each row or pass: C, or 2C with ``noise`` ``input``."""
         return len(self.outputs.labels) * (2 if self.noise == "input" else 1)
+
+    @model_validator(mode="after")
+    def check_names(self) -> Self:
+        """Refuse two sites, or two inputs of a graph, of the same name."""
+        names = [site.name for site in self.sites]
+        inputs = [self.input.name, ROWS, *(site.mask_input for site in self.sites)]
+        for what, found in (("sites", names), ("inputs of stochastic.onnx", inputs)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"two {what} have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def check_sizes(self) -> Self:
+        """Refuse a row, or masks of a pass, of more than ``MAX_NUMBERS`` numbers."""
+        for what, numbers in (("a row", self.row_numbers), ("the masks", self.mask_numbers)):
+            if numbers > MAX_NUMBERS:
+                raise ValueError(f"{what} must hold at most {MAX_NUMBERS} numbers")
+        return self
 
     @model_validator(mode="after")
     def check_noise(self) -> Self:
@@ -188,13 +257,14 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def check_conformal_scores(self) -> Self:
-        """Refuse scores that are not ascending, or do not cover each target."""
+        """Refuse scores that are not ascending, or not the same number for each target."""
         lists = len(self.outputs.labels) if self.task == "regression" else 1
         if self.conformal_scores is not None and (
             len(self.conformal_scores) != lists
             or any(not scores or list(scores) != sorted(scores) for scores in self.conformal_scores)
+            or len(set(map(len, self.conformal_scores))) > 1
         ):
-            raise ValueError(f"conformal_scores must be {lists} ascending lists")
+            raise ValueError(f"conformal_scores must be {lists} ascending lists of one length")
         return self
 
 
@@ -211,7 +281,8 @@ def versions(model: Path) -> list[int]:
     return sorted(
         int(entry.name)
         for entry in model.iterdir()
-        if re.fullmatch(r"[1-9][0-9]{0,8}", entry.name) and entry.is_dir()
+        # os.path.isdir: False, not an error, for a link that cannot be followed.
+        if re.fullmatch(r"[1-9][0-9]{0,8}", entry.name) and os.path.isdir(entry)
     )
 
 
@@ -241,9 +312,11 @@ def publish(
     Raises
     ------
     BundleError
-        If the name is not allowed or the folder cannot be written.
+        If the name or the content is not allowed, or the folder cannot be written.
     """
     check_name(name)
+    for file, content in files.items():
+        check_size(file, len(content))
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     model = models / name
     try:
@@ -260,8 +333,9 @@ def publish(
         model.mkdir(exist_ok=True)
         while True:
             version = max(versions(model), default=0) + 1
-            document = manifest(version, sums).model_dump_json(indent=2)
-            (staging / MANIFEST).write_text(document + "\n", encoding="utf-8")
+            document = manifest(version, sums).model_dump_json(indent=2) + "\n"
+            check_size(MANIFEST, len(document.encode()))
+            (staging / MANIFEST).write_text(document, encoding="utf-8")
             place = model / str(version)
             try:
                 staging.rename(place)
@@ -271,6 +345,8 @@ def publish(
                     raise
             else:
                 return place
+    except ValidationError as error:
+        raise BundleError(f"{MANIFEST}: {first_fault(error)}") from None
     except OSError as error:
         raise BundleError(f"cannot write to {model}: {error.strerror or error}") from None
     finally:
@@ -279,75 +355,14 @@ def publish(
             model.rmdir()
 
 
-def read_manifest(place: Path) -> Manifest:
-    """Read the manifest in ``place``, a directory ``models/NAME/VERSION``.
-
-    Raises
-    ------
-    BundleError
-        If it is missing, damaged, of another schema, or of another name or version.
-    """
-    text = read_regular(place / MANIFEST, MAX_MANIFEST_BYTES)
-    try:
-        document = json.loads(text)
-        schema = document["schema_version"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        raise BundleError(f"{MANIFEST} is no JSON object with a schema_version") from None
-    if schema != SCHEMA_VERSION:
-        raise BundleError(
-            f"{MANIFEST} is of schema {schema!r}; this version of dropserve reads {SCHEMA_VERSION}"
-        )
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from None
-    if (manifest.name, str(manifest.version)) != (place.parent.name, place.name):
-        raise BundleError(
-            f"{MANIFEST} is of {manifest.name} version {manifest.version}, which is not its place"
-        )
-    if set(manifest.files) != set(FILES):
-        raise BundleError(f"{MANIFEST}: files must be {', '.join(FILES)}")
-    return manifest
+def check_size(file: str, size: int) -> None:
+    """Raise BundleError if a file of this size would not be read."""
+    if size > LIMITS[file]:
+        raise BundleError(f"{file} would be larger than {LIMITS[file]} bytes")
 
 
-def read_file(place: Path, manifest: Manifest, file: str) -> bytes:
-    """Return the content of ``file``, one of ``FILES``.
-
-    Raises
-    ------
-    BundleError
-        If it cannot be read, or its SHA-256 is not the one in the manifest.
-    """
-    content = read_regular(place / file, MAX_FILE_BYTES)
-    measured = hashlib.sha256(content).hexdigest()
-    if measured != manifest.files[file]:
-        raise BundleError(
-            f"{file} has changed: its SHA-256 is {measured[:12]}..., "
-            f"the manifest says {manifest.files[file][:12]}..."
-        )
-    return content
-
-
-def read_regular(path: Path, limit: int) -> bytes:
-    """Return the content of a regular file of at most ``limit`` bytes.
-
-    Raises
-    ------
-    BundleError
-        If the path is a link or not a regular file, or the file is larger or cannot be read.
-    """
-    try:
-        # Check before opening: a link could lead out of the bundle, and opening a named pipe blocks
-        # until something writes to it.
-        found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode):
-            raise BundleError(f"{path.name} is a link, not a file")
-        if not stat.S_ISREG(found.st_mode):
-            raise BundleError(f"{path.name} is not a regular file")
-        if found.st_size > limit:
-            raise BundleError(f"{path.name} is larger than {limit} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path.name} cannot be read: {error.strerror or error}") from None
+def first_fault(error: ValidationError) -> str:
+    """Describe the first fault of a manifest: where it is, and what is wrong."""
+    first = error.errors(include_input=False)[0]
+    where = shortened(".".join(map(str, first["loc"])) or "content", MAX_QUOTED)
+    return f"{where}: {first['msg']}"

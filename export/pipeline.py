@@ -149,7 +149,8 @@ def serialize(model: ir.Model) -> bytes:
 def examples(trained: checkpoint.Checkpoint) -> bytes:
     """Return a few held-out rows with their true labels or values, as JSON.
 
-    For a classification, one row of each class comes first.
+    For a classification, one row of each class comes first. Of large inputs there are fewer rows,
+    so that the service reads them.
     """
     holdout = trained.holdout
     if holdout.task == "classification":
@@ -161,4 +162,6 @@ def examples(trained: checkpoint.Checkpoint) -> bytes:
         truths = holdout.y[:EXAMPLES].tolist()
     inputs = holdout.x[order[:EXAMPLES]].tolist()
     rows = [{"input": row, "truth": truth} for row, truth in zip(inputs, truths, strict=True)]
-    return json.dumps(rows).encode()
+    while len(text := json.dumps(rows).encode()) > bundle.LIMITS[bundle.EXAMPLES] and rows[1:]:
+        rows.pop()
+    return text

@@ -64,7 +64,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
     workers, threads = cpus.share(settings.workers, settings.threads)
     try:
         # With several workers, this only reports faults once, before the workers start.
-        read_keys(settings)
+        read_keys(settings, starting=True)
         engines = load_engines(settings.models, settings.device, threads)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -99,7 +99,7 @@ def run_passes(engine: Engine, jobs: Sequence[PassesJob]) -> list[Samples | Summ
     outcomes: list[Samples | Summary | InputError] = []
     if good:
         values = VALUES_IN_CACHE if engine.device == "cpu" else VALUES_AT_ONCE
-        most = max(1, values // engine.manifest.values_per_pass)
+        most = max(1, values // engine.values_per_pass)
         outputs = concatenate([run_piece(engine, x, piece) for piece in cut(good, most)])
         outcomes = outcomes_of(engine.manifest, good, outputs)
     return with_errors(outcomes, errors)

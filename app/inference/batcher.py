@@ -42,6 +42,13 @@ class Pace:
         return self.run + self.unit * size + self.job * jobs
 
 
+class Paces(NamedTuple):
+    """How long the runs of a model take: in eval mode, and of train-mode passes."""
+
+    predict: Pace
+    passes: Pace
+
+
 def measure(run: Callable[[Sequence[int]], object], most: int, clock: Callable[[], float]) -> Pace:
     """Warm up ``run`` and time it.
 
@@ -58,8 +65,11 @@ def measure(run: Callable[[Sequence[int]], object], most: int, clock: Callable[[
     """
     alone = best_seconds(run, [ALONE], clock)
     together = min(TOGETHER, most)
-    # A run that is slow already need not be repeated on larger sizes.
-    if alone > ON_LOOP_SECONDS or together == ALONE:
+    if together == ALONE:
+        return Pace(alone, alone)
+    # A run that is slow already is not repeated on larger sizes, but one that fails must fail here.
+    if alone > ON_LOOP_SECONDS:
+        run([together])
         return Pace(alone, alone)
     unit = max(0.0, (best_seconds(run, [together], clock) - alone) / (together - ALONE))
     many = best_seconds(run, [ALONE] * together, clock)

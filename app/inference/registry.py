@@ -17,13 +17,14 @@ from dropserve.app.bundles import loader
 from dropserve.app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
 from dropserve.app.inference import batch, memory
 from dropserve.app.inference.batch import PassesJob
-from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.batcher import Paces
+from dropserve.app.inference.engine import Engine, refusing
 from dropserve.app.inference.executor import Executor
 from dropserve.app.inference.providers import PROVIDERS, Device
-from dropserve.app.inference.runner import ModelRunner
+from dropserve.app.inference.runner import ModelRunner, passes_pace, predict_pace
 from dropserve.app.observability.metrics import ModelInfo
 from dropserve.app.uncertainty.masks import MaskStream
-from dropserve.export.bundle import BundleError
+from dropserve.export.bundle import PREDICT, STOCHASTIC, BundleError
 
 # Passes of each example when a bundle is tried.
 TRIAL_PASSES = 10
@@ -63,15 +64,28 @@ def load_engine(place: Path, device: Device, threads: int) -> Engine:
     DeviceUnavailable
         If the device is not available.
     """
-    bundle = loader.read_bundle(place)
-    engine = Engine(bundle, device, threads)
-    stream = MaskStream(0, engine.manifest.sites)
-    inputs = engine.examples.inputs
-    trial = PassesJob(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
-    for (outcome,) in (batch.predict(engine, [trial.inputs]), batch.run_passes(engine, [trial])):
-        if isinstance(outcome, InputError):
-            raise BundleError(f"it does not answer its own examples: {outcome}")
+    with refusing("it does not load"):
+        engine = Engine(loader.read_bundle(place), device, threads)
+        inputs = engine.examples.inputs
+        stream = MaskStream(0, engine.manifest.sites)
+        trial = PassesJob(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
+    with refusing(f"{PREDICT} does not run"):
+        check_outcome(PREDICT, engine, *batch.predict(engine, [inputs]))
+        predict = predict_pace(engine)
+    with refusing(f"{STOCHASTIC} does not run"):
+        check_outcome(STOCHASTIC, engine, *batch.run_passes(engine, [trial]))
+        passes = passes_pace(engine)
+    engine.paces = Paces(predict, passes)
     return engine
+
+
+def check_outcome(file: str, engine: Engine, outcome: object) -> None:
+    """Raise BundleError if the bundle's own examples have no finite answer."""
+    if isinstance(outcome, InputError):
+        precision = engine.manifest.precision
+        raise BundleError(
+            f"{file} answers the bundle's own examples with NaN, or beyond {precision}"
+        )
 
 
 class VersionStatus(NamedTuple):
@@ -283,8 +297,9 @@ class Registry:
 
     def _load_version(self, place: Path, before: ModelRunner | None) -> ModelRunner:
         """Load the bundle at ``place``, unless it is the one being served."""
-        if before and loader.read_manifest(place) == before.manifest:
-            return before
+        with refusing("it does not load"):
+            if before and loader.read_manifest(place) == before.manifest:
+                return before
         return ModelRunner(load_engine(place, self.device, self.threads), self.executor)
 
 

@@ -64,27 +64,11 @@ class ModelRunner:
         self.labels = self.manifest.outputs.labels
         self.identity = answers.identity(self.manifest)
         predict, run_passes = partial(batch.predict, engine), partial(batch.run_passes, engine)
-        # Lists, as in requests, since reading them takes part of the time.
-        rows = np.zeros((1, *self.manifest.input.shape)).tolist()
-        stream = MaskStream(0, self.manifest.sites)
-        clock = time.thread_time if engine.device == "cpu" else time.perf_counter
-        most = batch.most_at_once(self.manifest.values_per_row)
-        pace = batcher.measure(lambda sizes: predict([rows * size for size in sizes]), most, clock)
+        pace, most = engine.paces.predict, batch.most_at_once(engine.values_per_row)
         self.rows_a_piece = piece_size(pace, most)
         self.predictions = Predictions(predict, pace, most, executor)
         self.long_predictions = Predictions(predict, pace, self.rows_a_piece, executor, pieces=True)
-        most = batch.most_at_once(self.manifest.values_per_pass)
-        pace = batcher.measure(
-            lambda sizes: run_passes(
-                # Each with a level of its own, so that no work is shared between them.
-                [
-                    PassesJob(rows, stream, range(1), range(size), 1 / (2 + number))
-                    for number, size in enumerate(sizes)
-                ]
-            ),
-            most,
-            clock,
-        )
+        pace, most = engine.paces.passes, batch.most_at_once(engine.values_per_pass)
         self.passes_a_piece = piece_size(pace, most)
         self.passes = Passes(run_passes, pace, most, executor)
         self.long_passes = Passes(run_passes, pace, self.passes_a_piece, executor, pieces=True)
@@ -219,6 +203,40 @@ class ModelRunner:
         """
         record.check_deadline(time.monotonic())
         return await self.executor.submit(work, long=True)
+
+
+def predict_pace(engine: Engine) -> Pace:
+    """Measure how long runs in eval mode take."""
+    # Lists, as in requests, since reading them takes part of the time.
+    rows = np.zeros((1, *engine.manifest.input.shape)).tolist()
+    return batcher.measure(
+        lambda sizes: batch.predict(engine, [rows * size for size in sizes]),
+        batch.most_at_once(engine.values_per_row),
+        clock(engine),
+    )
+
+
+def passes_pace(engine: Engine) -> Pace:
+    """Measure how long runs of train-mode passes take."""
+    rows = np.zeros((1, *engine.manifest.input.shape)).tolist()
+    stream = MaskStream(0, engine.manifest.sites)
+    return batcher.measure(
+        lambda sizes: batch.run_passes(
+            engine,
+            # Each with a level of its own, so that no work is shared between them.
+            [
+                PassesJob(rows, stream, range(1), range(size), 1 / (2 + number))
+                for number, size in enumerate(sizes)
+            ],
+        ),
+        batch.most_at_once(engine.values_per_pass),
+        clock(engine),
+    )
+
+
+def clock(engine: Engine) -> Callable[[], float]:
+    """Return the clock that runs are timed by."""
+    return time.thread_time if engine.device == "cpu" else time.perf_counter
 
 
 def between_checks(passes: int, replicate: int) -> Iterator[range]:

@@ -81,7 +81,8 @@ class Worker:
         self.metrics = metrics.Metrics()
         self.spans = tracing.open_spans()
         self.context = Context(
-            keys=read_keys(settings),
+            # In place of a worker that has died, it starts while the service runs.
+            keys=read_keys(settings, starting=start is None or start.state is None),
             allow_local_admin=is_loopback(settings.host),
             timeout_ms=settings.timeout_ms,
             metrics=self.metrics,
@@ -191,7 +192,8 @@ class Worker:
     async def reload(self) -> None:
         """Read the API keys and the models folder again; a faulty one changes nothing."""
         try:
-            self.context.keys = read_keys(self.settings)
+            # Aside from the loop: the file may be on a slow or broken network.
+            self.context.keys = await asyncio.to_thread(read_keys, self.settings, starting=False)
         except StartError as error:
             log.error("the keys stay as they were: %s", error)
         try:
@@ -221,8 +223,16 @@ class Worker:
         )
 
 
-def read_keys(settings: Settings) -> Keys | None:
+def read_keys(settings: Settings, *, starting: bool) -> Keys | None:
     """Read the API keys; None: no key is needed.
+
+    Parameters
+    ----------
+    settings
+        The settings of the service.
+    starting
+        Whether the service starts, which it does not with a file that holds no key. Once it runs,
+        emptying the file revokes all keys.
 
     Raises
     ------
@@ -230,7 +240,12 @@ def read_keys(settings: Settings) -> Keys | None:
         If the file is faulty, or if other machines could connect without a key unintendedly.
     """
     if settings.api_keys_file is not None:
-        return Keys.read(settings.api_keys_file)
+        keys = Keys.read(settings.api_keys_file)
+        if not keys.entries:
+            if starting:
+                raise StartError(f"the keys file {str(settings.api_keys_file)!r} holds no key")
+            log.warning("all keys are revoked: the keys file holds none")
+        return keys
     if not settings.open and not is_loopback(settings.host):
         raise StartError(
             f"host {settings.host} may be reached by others: name a file of keys "

@@ -68,7 +68,7 @@ class Scorer:
         self.manifest = self.engine.manifest
         # For other processes, to use the same model.
         self.task = replace(task, model=self.manifest.name, version=self.manifest.version)
-        self.most = batch.most_at_once(self.manifest.values_per_pass)
+        self.most = batch.most_at_once(self.engine.values_per_pass)
         self.table_rows = max(1, min(TABLE_ROWS, TABLE_PASSES // task.passes))
 
     def schema(self, columns: pa.Schema) -> pa.Schema:

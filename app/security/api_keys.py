@@ -13,11 +13,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from dropserve.app.errors import Forbidden, StartError, Unauthorized
+from dropserve.files import FileRefused, read_regular
 
 Scope = Literal["predict", "debug", "admin"]
 
 # A name may be logged, so it holds no character that could break a line.
 NAME = re.compile(r"[A-Za-z0-9 ._:@-]{1,64}")
+# Bytes of a keys file: about 5,000 keys.
+MAX_FILE_BYTES = 2**20
 # Bytes of a header's value; no key is that long.
 LONGEST = 512
 # Field names that an error message repeats; any other may be a key in the wrong place.
@@ -61,16 +64,14 @@ class Keys:
 
     @classmethod
     def read(cls, file: Path) -> "Keys":
-        """Read a keys file.
+        """Read a keys file, which may hold no keys.
 
         Raises
         ------
         StartError
-            If it cannot be read, is malformed, or holds no key.
+            If it cannot be read or is malformed.
         """
         entries = parse(file).keys
-        if not entries:
-            raise StartError(f"the keys file {str(file)!r} holds no key")
         return cls((bytes.fromhex(entry.sha256), frozenset(entry.scopes)) for entry in entries)
 
     def check(self, headers: Mapping[bytes, bytes], scope: Scope | None) -> None:
@@ -138,18 +139,20 @@ def sent(headers: Mapping[bytes, bytes]) -> bytes:
 
 
 def parse(file: Path) -> KeysFile:
-    """Read a keys file, which may hold no keys.
+    """Read a keys file, which may hold no keys, or nothing at all.
 
     Raises
     ------
     StartError
-        If it cannot be read or is malformed.
+        If it is not a regular file, cannot be read or is malformed.
     """
     start = f"the keys file {str(file)!r}"
     try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise StartError(f"{start} cannot be read: {error.strerror or error}") from None
+        text = read_regular(file, MAX_FILE_BYTES)
+    except FileRefused as error:
+        raise StartError(f"{start} {error}") from None
+    if not text.strip():
+        return KeysFile(keys=())
     try:
         content = KeysFile.model_validate_json(text)
     except ValidationError as error:

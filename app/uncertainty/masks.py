@@ -152,6 +152,8 @@ class StratifiedStream(MaskStream):
         self, rows: range, passes: range, start: int, length: int
     ) -> dict[str, NDArray[np.bool_]]:
         """Draw passes from replicates of one length; the first replicate begins at ``start``."""
+        if not self.sites:
+            return {}
         plan = planned(self.ps, self.units, length)
         before = start // self.replicate
         turns = range(

@@ -87,7 +87,7 @@ def app(options: Options) -> serve.Application:
         update["device"] = "cuda" if options.num_gpus else "cpu"
     settings = settings.model_copy(update=update)
     # Report missing keys here too, not only in a replica's log.
-    read_keys(settings)
+    read_keys(settings, starting=True)
     threads = max(1, int(options.num_cpus)) if settings.threads == "auto" else settings.threads
     deployment = serve.deployment(
         name="dropserve",

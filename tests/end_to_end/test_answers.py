@@ -15,9 +15,9 @@ import pytest
 import torch
 from scipy import stats
 
+from dropserve.app.bundles import loader
 from dropserve.app.http import schemas
 from dropserve.app.uncertainty.masks import KINDS, Kind, MaskStream
-from dropserve.export import bundle
 from dropserve.model import checkpoint, evaluation
 from tests.conftest import service
 
@@ -176,7 +176,7 @@ def test_moments_are_those_of_the_samples(debugged: Json, built: Path) -> None:
     assert debugged["interval"]["level"] == 0.8
     if debugged["model"] == "diabetes":
         # Of the predictive distribution: a tenth of the mixture lies on either side.
-        (noise_std,) = bundle.read_manifest(built / "models" / "diabetes" / "1").noise_std or ()
+        (noise_std,) = loader.read_manifest(built / "models" / "diabetes" / "1").noise_std or ()
         below = stats.norm.cdf((np.array(debugged["interval"]["lower"]) - samples) / noise_std)
         above = stats.norm.sf((np.array(debugged["interval"]["upper"]) - samples) / noise_std)
         close(below.mean(axis=0), np.full((5, 1), 0.1), 1e-3)
@@ -299,7 +299,7 @@ def test_a_double_models_gap_is_plain_to_see(client: httpx.Client, examples: Exa
 def test_the_sites_kept_share_is_that_of_the_masks_and_1_minus_p_within_four_standard_errors(
     debugged: Json, built: Path
 ) -> None:
-    sites = bundle.read_manifest(built / "models" / debugged["model"] / "1").sites
+    sites = loader.read_manifest(built / "models" / debugged["model"] / "1").sites
     masks = MaskStream(debugged["seed"], sites).draw(range(5), range(200))
     assert [site["name"] for site in debugged["sites"]] == [
         "network.dropouts.0",

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
+from dropserve.app.bundles import loader
 from dropserve.app.uncertainty.masks import KINDS, Kind
-from dropserve.export import bundle
 from dropserve.model.training import TrainingConfig
 from tests.bundles import publish, train_and_export
 from tests.conftest import service
@@ -51,7 +51,7 @@ def slack(client: httpx.Client, name: str, coverage: float) -> float:
     Given n scores, it scatters as a beta variable does (Vovk 2012), and again with the fresh rows.
     """
     place = Path(client.headers["x-test-models"]) / name / "1"
-    scores = bundle.read_manifest(place).conformal_scores
+    scores = loader.read_manifest(place).conformal_scores
     assert scores
     variance = coverage * (1 - coverage) * (1 / (len(scores[0]) + 2) + 1 / FRESH_ROWS)
     return 3 * float(np.sqrt(variance))

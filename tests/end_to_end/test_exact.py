@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from dropserve.app.bundles import loader
 from dropserve.app.uncertainty.masks import KINDS, Kind
 from dropserve.export import bundle
 from tests import enumerated
@@ -50,7 +51,7 @@ def answer(client: httpx.Client, name: str, known: Exact, **body: object) -> Any
 
 @cache
 def exact(tiny: Path, name: str) -> tuple[Exact, bundle.Manifest]:
-    manifest = bundle.read_manifest(tiny / "models" / name / "1")
+    manifest = loader.read_manifest(tiny / "models" / name / "1")
     return enumerated.exact(name, tiny, manifest), manifest
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
+from dropserve.app.bundles import loader
 from dropserve.app.http import schemas
 from dropserve.app.uncertainty.masks import KINDS, Kind
-from dropserve.export import bundle
 from dropserve.model import checkpoint
 from dropserve.model.networks import NetworkConfig
 from dropserve.model.training import TrainingConfig
@@ -42,7 +42,7 @@ def ask(client: httpx.Client, route: str, **body: object) -> Any:
 
 
 def test_the_manifest_says_that_the_noise_depends_on_the_input(folder: Path) -> None:
-    manifest = bundle.read_manifest(folder / "models" / "noisy" / "1")
+    manifest = loader.read_manifest(folder / "models" / "noisy" / "1")
     assert (manifest.noise, manifest.noise_std, manifest.width) == ("input", None, 4)
     assert manifest.outputs.labels == ("u", "v")
     assert len(manifest.conformal_scores or ()) == 2

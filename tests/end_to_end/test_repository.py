@@ -548,6 +548,68 @@ def test_sighup_reads_the_keys_again(serve: Serve, tmp_path: Path) -> None:
         assert (status(new), status(old), status({})) == (200, 401, 401)
 
 
+@pytest.mark.parametrize("content", ["", '{"keys": []}'])
+def test_emptying_the_keys_file_revokes_every_key(
+    serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
+) -> None:
+    file = tmp_path / "keys.json"
+    key = new_key(file, "predict,admin")
+    with serve(DROPSERVE_API_KEYS_FILE=str(file), DROPSERVE_WORKERS="2") as served:
+        wait_for(lambda: len(children(served.pid)) == 2)
+        unkept = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=served.client.base_url, limits=unkept) as client:
+
+            def workers_that(status: int) -> set[str]:
+                """Return the workers of many requests, all of which must get this status."""
+                body = {"inputs": [[0] * 64]}
+                answers = [client.post("/predict", json=body, headers=key) for _ in range(20)]
+                return {worker_of(a) for a in answers if a.status_code == status} - {
+                    worker_of(a) for a in answers if a.status_code != status
+                }
+
+            wait_for(lambda: len(workers_that(200)) == 2)
+            file.write_text(content)
+            os.kill(served.pid, signal.SIGHUP)
+            wait_for(lambda: len(workers_that(401)) == 2)
+            # A worker that replaces another starts, and knows no key either.
+            known = workers_that(401)
+            os.kill(min(children(served.pid)), signal.SIGKILL)
+            wait_for(lambda: bool(workers_that(401) - known))
+            wait_for(lambda: len(children(served.pid)) == 2)
+            assert not workers_that(200)
+            assert client.get("/health/live").status_code == 200
+    said = [each["message"] for each in events(capfd.readouterr().out)]
+    assert said.count("all keys are revoked: the keys file holds none") >= 2
+
+
+def test_a_keys_file_that_became_a_pipe_holds_nothing_up(
+    serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    key = new_key(file, "predict")
+    with serve(DROPSERVE_API_KEYS_FILE=str(file)) as served:
+        # Signals are heeded from the first answer on.
+        assert served.ready() == {"digits": [1]}
+        file.unlink()
+        os.mkfifo(file)
+        served.publish("double", "digits", 2)
+        os.kill(served.pid, signal.SIGHUP)
+        wait_for(lambda: served.client.get("/health/ready").json()["models"] == {"digits": [1, 2]})
+        body = {"inputs": [[0] * 64]}
+        assert served.client.post("/predict", json=body, headers=key).status_code == 200
+        file.unlink()
+        served.publish("double", "digits", 3)
+        os.kill(served.pid, signal.SIGHUP)
+        wait_for(lambda: 3 in served.client.get("/health/ready").json()["models"]["digits"])
+        assert served.client.post("/predict", json=body, headers=key).status_code == 200
+    said = [e["message"] for e in events(capfd.readouterr().out) if e["level"] == "error"]
+    start = f"the keys stay as they were: the keys file '{file}'"
+    assert said == [
+        f"{start} is not a regular file",
+        f"{start} cannot be read: No such file or directory",
+    ]
+
+
 def worker_of(answer: httpx.Response) -> str:
     """Return the beginning of the request's id, which identifies the worker that has answered."""
     return answer.headers["x-request-id"][:16]

@@ -1,11 +1,15 @@
 """``python -m export``: its output, and its errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dropserve.export.__main__ import main
+from dropserve.export.bundle import EXAMPLES, LIMITS
+from dropserve.export.pipeline import examples
 from dropserve.model import checkpoint
 from dropserve.model.training import TrainingConfig
 from tests.bundles import train_and_export
@@ -86,6 +90,16 @@ def test_the_examples_are_held_out_rows_one_of_each_class(built: Path) -> None:
     examples = json.loads((place / "examples.json").read_text())
     assert [example["truth"] for example in examples] == [str(digit) for digit in range(10)]
     assert all(len(e["input"]) == 8 and len(e["input"][0]) == 8 for e in examples)
+
+
+def test_of_large_inputs_there_are_as_many_examples_as_the_service_reads(built: Path) -> None:
+    trained = checkpoint.load(built / "runs" / "diabetes")
+    # 150,528 numbers a row, as of a color image of 224 x 224, of 18 characters or so each.
+    x = np.random.default_rng(0).random((10, 3, 224, 224), np.float32)
+    trained = replace(trained, holdout=replace(trained.holdout, x=x, y=trained.holdout.y[:10]))
+    text = examples(trained)
+    assert 1 < len(json.loads(text)) < 10
+    assert len(text) <= LIMITS[EXAMPLES]
 
 
 def test_a_directory_without_a_checkpoint_is_one_line_and_status_1(

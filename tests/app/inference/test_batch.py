@@ -37,7 +37,7 @@ def test_a_run_of_many_draws_in_pieces_is_what_each_draw_is_alone(
         )
     ]
     alone = [batch.run_passes(engine, [draw])[0] for draw in draws]
-    monkeypatch.setattr(batch, "VALUES_IN_CACHE", row_passes * engine.manifest.values_per_pass)
+    monkeypatch.setattr(batch, "VALUES_IN_CACHE", row_passes * engine.values_per_pass)
     for draw, one, other in zip(draws, alone, batch.run_passes(engine, draws), strict=True):
         shape = (len(draw.passes), len(draw.rows), 10)
         samples = np.asarray(other)

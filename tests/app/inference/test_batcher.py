@@ -238,7 +238,7 @@ class Clock:
         return run
 
 
-def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
+def test_a_slow_run_is_tried_at_a_larger_size_only_once_and_not_timed_there() -> None:
     tried: list[Sequence[int]] = []
 
     def slow(sizes: Sequence[int]) -> float:
@@ -247,7 +247,8 @@ def test_a_slow_run_is_not_tried_at_a_larger_size() -> None:
 
     clock = Clock()
     pace = measure(clock.timed(slow), 100, clock)
-    assert all(sizes == [1] for sizes in tried)
+    # Once, since a graph that fails at that size must not be served.
+    assert [sizes for sizes in tried if sizes != [1]] == [[64]]
     assert pace.seconds(1, 1) > ON_LOOP_SECONDS
     assert pace.seconds(100, 1) > 50 * ON_LOOP_SECONDS
 

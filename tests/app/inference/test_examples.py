@@ -36,6 +36,7 @@ def test_rows_and_truths_are_read_as_written() -> None:
         ('[{"truth": 1}]', "examples.json is no list of inputs"),
         ("{}", "examples.json is empty"),
         ("[]", "examples.json is empty"),
+        (json.dumps([{"input": ROW}] * 101), "examples.json holds more than 100 examples"),
         ('[{"input": [1]}]', "examples.json: inputs.0: "),
         ('[{"input": [[1, 2, 3], [4, 5, "6"]]}]', "examples.json: inputs.0.1.2: "),
     ],
@@ -44,3 +45,16 @@ def test_anything_but_a_list_of_rows_is_refused(content: str, said: str) -> None
     with pytest.raises(BundleError) as refused:
         read_examples(content.encode(), manifest())
     assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("truth", [None, "a", 1, -2.5, [], [1, 2.5], ["a", None]])
+def test_a_truth_is_null_a_text_a_number_or_a_list_of_these(truth: object) -> None:
+    text = json.dumps([{"input": ROW, "truth": truth}]).encode()
+    assert read_examples(text, manifest()).truths == [truth]
+
+
+@pytest.mark.parametrize("truth", [True, [False], {}, {"a": 1}, [[1]], [{}]])
+def test_any_other_truth_is_refused_by_its_place(truth: object) -> None:
+    text = json.dumps([{"input": ROW}, {"input": ROW, "truth": truth}]).encode()
+    with pytest.raises(BundleError, match=r"^examples\.json: truth 1 must be null, a text, a fin"):
+        read_examples(text, manifest())

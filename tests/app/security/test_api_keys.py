@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dropserve.app.cli.keys import command
 from dropserve.app.errors import Forbidden, StartError, Unauthorized
-from dropserve.app.security.api_keys import Keys, Scope
+from dropserve.app.security.api_keys import MAX_FILE_BYTES, Keys, Scope
 from tests.conftest import run
 
 OPS, APP = b"ds_ops-key", b"ds_app-key"
@@ -162,13 +162,12 @@ GOOD = entry("ops", OPS, "predict")
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "Invalid JSON: EOF while parsing"),
+        ("{", "Invalid JSON: EOF while parsing"),
         ("keys", "Invalid JSON: expected value at line 1 column 1"),
         (b"\xff", "Invalid JSON: "),
         ([], "Input should be an object"),
         ({}, "keys: Field required"),
         ({"keys": {}}, "keys: Input should be a valid array"),
-        ({"keys": []}, "holds no key"),
         ({"keys": [GOOD], "version": 1}, "version: Extra inputs are not permitted"),
         ({"keys": [GOOD, 1]}, "keys.1: Input should be an object"),
         ({"keys": [GOOD | {"key": "x"}]}, "keys.0.key: Extra inputs are not permitted"),
@@ -211,13 +210,40 @@ def test_a_malformed_keys_file_is_one_line_that_says_where(
     assert "ds_" not in line
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("none.json", "No such file or directory"), (".", "Is a directory")]
-)
-def test_a_keys_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, why: str) -> None:
+def unreadable(file: Path, why: str) -> None:
     with pytest.raises(StartError) as caught:
-        Keys.read(tmp_path / name)
-    assert str(caught.value) == f"the keys file '{tmp_path / name}' cannot be read: {why}"
+        Keys.read(file)
+    assert str(caught.value) == f"the keys file '{file}' {why}"
+
+
+def test_a_keys_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    unreadable(tmp_path / "none.json", "cannot be read: No such file or directory")
+    unreadable(tmp_path, "is not a regular file")
+
+
+def test_a_keys_file_that_would_never_end_is_refused_at_once(tmp_path: Path) -> None:
+    # Opening a named pipe would wait for a writer.
+    os.mkfifo(tmp_path / "pipe")
+    unreadable(tmp_path / "pipe", "is not a regular file")
+    unreadable(Path("/dev/zero"), "is not a regular file")
+    large = tmp_path / "large.json"
+    large.touch()
+    os.truncate(large, MAX_FILE_BYTES + 1)
+    unreadable(large, f"is larger than {MAX_FILE_BYTES} bytes")
+
+
+def test_a_keys_file_may_be_a_link_as_kubernetes_mounts_a_secret(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").symlink_to(write(tmp_path / "data.json", GOOD))
+    Keys.read(tmp_path / "keys.json").check({b"x-api-key": OPS}, "predict")
+
+
+@pytest.mark.parametrize("content", ["", " \n", '{"keys": []}'])
+def test_without_keys_in_the_file_no_key_is_known(tmp_path: Path, content: str) -> None:
+    (tmp_path / "keys.json").write_text(content)
+    keys = Keys.read(tmp_path / "keys.json")
+    for key in (OPS, b"", b"x"):
+        with pytest.raises(Unauthorized):
+            keys.check({b"x-api-key": key}, None)
 
 
 def new(*arguments: str) -> CompletedProcess[str]:
@@ -339,7 +365,7 @@ def test_the_default_name_is_the_first_that_is_free(
         ("keys.json", "Invalid JSON"),
         ("none/keys.json", "cannot be written: No such file or directory"),
         ("keys.json/keys.json", "cannot be written: Not a directory"),
-        (".", "cannot be read: Is a directory"),
+        (".", "is not a regular file"),
     ],
 )
 def test_a_file_that_cannot_be_added_to_is_one_line_and_status_1(
