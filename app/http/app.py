@@ -30,6 +30,7 @@ from dropserve.app.http.schemas import (
 )
 from dropserve.app.http.v2 import infer, repository, routes
 from dropserve.app.inference.admission import Admission
+from dropserve.app.inference.registry import VersionStatus
 from dropserve.app.inference.service import Service
 from dropserve.app.observability.record import RequestRecord
 from dropserve.app.security.api_keys import Scope as KeyScope
@@ -49,11 +50,12 @@ def create(
     debug: bool,
     max_body_bytes: int,
     context: Context,
-    load: Callable[[str], Awaitable[None]],
-    unload: Callable[[str], Awaitable[None]],
+    load: repository.Change,
+    unload: repository.Change,
+    index: Callable[[], Awaitable[list[VersionStatus]]],
     metrics: Callable[[], Awaitable[bytes]],
     startup: Callable[[], None],
-    shutdown: Callable[[], None],
+    shutdown: Callable[[], Awaitable[None]],
     origins: tuple[str, ...] = (),
 ) -> Application:
     """Return the application of a service.
@@ -70,6 +72,8 @@ def create(
         Opens the record of each request.
     load, unload
         Have all workers load or unload a model.
+    index
+        Lists all versions.
     metrics
         Writes the metrics of all workers.
     startup, shutdown
@@ -117,7 +121,7 @@ def create(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         startup()
         yield
-        shutdown()
+        await shutdown()
 
     rest = FastAPIOffline(
         docs_url="/docs",
@@ -178,7 +182,9 @@ def create(
 
     rest.include_router(routes.router(service, guard("predict")))
     rest.include_router(
-        repository.router(service.registry, load=load, unload=unload, guard=guard("admin"))
+        repository.router(
+            service.registry, load=load, unload=unload, index=index, guard=guard("admin")
+        )
     )
     files = console.Files()
     rest.include_router(console.router(files, service, context, guard("predict"), debug=debug))

@@ -18,6 +18,8 @@ ERRORS_ONLY = 3
 class Engine:
     """The two sessions of a bundle; each run takes ``threads`` CPUs.
 
+    Runs that are under way end with an exception once ``options.terminate`` is set.
+
     Raises
     ------
     BundleError
@@ -27,7 +29,14 @@ class Engine:
         If the device's provider does not load.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        threads: int = 1,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> None:
+        self.options = options or onnxruntime.RunOptions()
         self.manifest: Manifest = bundle.manifest
         self.examples: Examples = read_examples(bundle.examples, bundle.manifest)
         rows = {self.manifest.input.name: self.manifest.input.shape}
@@ -42,7 +51,7 @@ class Engine:
 
     def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map ``x [B, *shape]`` to logits or values ``[B, width]`` in eval mode."""
-        (output,) = self.predict_session.run(None, {self.manifest.input.name: x})
+        (output,) = self.predict_session.run(None, {self.manifest.input.name: x}, self.options)
         return np.asarray(output)
 
     def passes(
@@ -68,7 +77,7 @@ class Engine:
             Logits or values ``[N, width]``.
         """
         feed = {self.manifest.input.name: x, ROWS: rows, **masks}
-        (output,) = self.stochastic_session.run(None, feed)
+        (output,) = self.stochastic_session.run(None, feed, self.options)
         return np.asarray(output)
 
 

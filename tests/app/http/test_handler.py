@@ -56,9 +56,10 @@ def application(built: Path, context: Context) -> Iterator[Application]:
         context=context,
         load=nothing,
         unload=nothing,
+        index=nothing,
         metrics=nothing,
         startup=lambda: None,
-        shutdown=lambda: None,
+        shutdown=nothing,
     )
     service.close()
 
