@@ -12,7 +12,7 @@ from dropserve.app.inference.examples import Examples, read_examples
 from dropserve.app.inference.providers import Device, open_session
 from dropserve.export.bundle import PREDICT, ROWS, STOCHASTIC, BundleError, Manifest
 
-ERRORS_ONLY = 3
+ERRORS_ONLY, FATAL = 3, 4
 
 
 class Engine:
@@ -36,7 +36,7 @@ class Engine:
         threads: int = 1,
         options: onnxruntime.RunOptions | None = None,
     ) -> None:
-        self.options = options or onnxruntime.RunOptions()
+        self.options = options or run_options()
         self.manifest: Manifest = bundle.manifest
         self.examples: Examples = read_examples(bundle.examples, bundle.manifest)
         rows = {self.manifest.input.name: self.manifest.input.shape}
@@ -79,6 +79,14 @@ class Engine:
         feed = {self.manifest.input.name: x, ROWS: rows, **masks}
         (output,) = self.stochastic_session.run(None, feed, self.options)
         return np.asarray(output)
+
+
+def run_options() -> onnxruntime.RunOptions:
+    """Return options for the runs of an engine, by which they can be ended."""
+    options = onnxruntime.RunOptions()
+    # A failed run raises an exception; onnxruntime need not log it.
+    options.log_severity_level = FATAL
+    return options
 
 
 def open_graph(

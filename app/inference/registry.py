@@ -22,7 +22,7 @@ from dropserve.app.bundles import loader
 from dropserve.app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
 from dropserve.app.inference import batch, loading, memory
 from dropserve.app.inference.batch import PassesJob
-from dropserve.app.inference.engine import Engine
+from dropserve.app.inference.engine import Engine, run_options
 from dropserve.app.inference.executor import Executor
 from dropserve.app.inference.providers import PROVIDERS, Device
 from dropserve.app.inference.runner import ModelRunner
@@ -356,7 +356,7 @@ class Registry:
     ) -> ModelRunner | None:
         """Load a version; return ``before``, which is served now, if it is refused or the same."""
         try:
-            options = onnxruntime.RunOptions()
+            options = run_options()
             load = partial(self._load_version, place, before, options)
             runner = await self._within(load, options)
         except (BundleError, DeviceUnavailable) as error:
@@ -451,7 +451,7 @@ def load_engines(
     engines = Engines("cuda" if device == "auto" else device, threads, load_seconds)
 
     def load(place: Path) -> Engine:
-        options = onnxruntime.RunOptions()
+        options = run_options()
         work = partial(load_engine, place, engines.device, threads, options)
         return loading.within(load_seconds, work, options)
 
