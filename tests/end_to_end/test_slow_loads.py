@@ -298,6 +298,22 @@ def test_a_stopped_worker_holds_up_neither_metrics_nor_loads_and_is_replaced(
     assert f"worker {stopped} is killed: it has not answered for 4 s" in said
 
 
+def test_metrics_are_refused_while_the_parent_process_does_not_answer(
+    start: Callable[..., Any],
+) -> None:
+    with start(DROPSERVE_WORKERS="2") as folder:
+        os.kill(folder.pid, signal.SIGSTOP)
+        try:
+            answer = folder.client.get("/metrics")
+            # As to changes, only the parent knows.
+            assert folder.index() == {("digits", 1): ("READY", "")}
+        finally:
+            os.kill(folder.pid, signal.SIGCONT)
+        assert answer.status_code == 503
+        assert answer.json()["detail"] == "the parent process does not answer"
+        assert folder.metrics()["dropserve_workers"] == 2
+
+
 def requests(folder: Folder) -> float:
     return count(folder.client.get("/metrics").text)
 
