@@ -73,6 +73,15 @@ class Settings(BaseSettings):
         ge=1,
         description="most bytes of long responses of a worker that clients have yet to read",
     )
+    load_seconds: float = Field(
+        600, gt=0, allow_inf_nan=False, description="how long loading a version may take"
+    )
+    stuck_seconds: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long one of several workers may not respond before it is replaced",
+    )
     api_keys_file: Path | None = Field(
         None, description="file of API keys (dropserve key new makes them)"
     )

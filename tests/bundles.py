@@ -6,6 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
 from dropserve.export.pipeline import export
 from dropserve.model import checkpoint, datasets, training
 from dropserve.model.datasets import Dataset
@@ -49,6 +53,56 @@ def publish(source: Path, place: Path, **change: object) -> None:
     if place.exists():
         shutil.rmtree(place)
     staging.rename(place)
+
+
+def make_slow_to_load(place: Path, products: int) -> None:
+    """Have onnxruntime multiply large constants whenever it loads the graph of eval mode."""
+    model = onnx.load(place / "predict.onnx")
+    graph, output = model.graph, model.graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+    side = numpy_helper.from_array(np.array([1200, 1200]), "side")
+    graph.initializer.append(side)
+    fill = numpy_helper.from_array(np.zeros(1, np.float32))
+    graph.node.append(helper.make_node("ConstantOfShape", ["side"], ["large0"], value=fill))
+    for number in range(products):
+        inputs = [f"large{number}", "large0"]
+        graph.node.append(helper.make_node("MatMul", inputs, [f"large{number + 1}"]))
+    graph.node.append(helper.make_node("ReduceSum", [f"large{products}"], ["none"], keepdims=0))
+    graph.node.append(helper.make_node("Add", ["before", "none"], [output]))
+    onnx.save(model, place / "predict.onnx")
+    rewrite(place)
+
+
+def make_endless(place: Path) -> None:
+    """Put a loop into the graph of eval mode that takes longer than anybody lives."""
+    model = onnx.load(place / "predict.onnx")
+    graph, x = model.graph, model.graph.input[0]
+    for node in graph.node:
+        node.input[:] = ["after" if name == x.name else name for name in node.input]
+    flag, rows = onnx.TensorProto.BOOL, x.type.tensor_type.elem_type
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["still_goes_on"]),
+            helper.make_node("Identity", ["value"], ["same"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("goes_on", flag, []),
+            helper.make_tensor_value_info("value", rows, None),
+        ],
+        [
+            helper.make_tensor_value_info("still_goes_on", flag, []),
+            helper.make_tensor_value_info("same", rows, None),
+        ],
+    )
+    graph.initializer.append(numpy_helper.from_array(np.array(2**62), "turns"))
+    graph.initializer.append(numpy_helper.from_array(np.array(True), "begins"))
+    loop = helper.make_node("Loop", ["turns", "begins", x.name], ["after"], body=body)
+    graph.node.insert(0, loop)
+    onnx.save(model, place / "predict.onnx")
+    rewrite(place)
 
 
 def change_a_file(place: Path) -> None:

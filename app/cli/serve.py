@@ -1,6 +1,7 @@
 """``dropserve serve``: serve a folder of bundles."""
 
 import logging
+import os
 import resource
 import signal
 import socket
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from dropserve.app.errors import StartError
+from dropserve.app.inference import loading
 from dropserve.app.inference.registry import load_engines
 from dropserve.app.observability import logs
 from dropserve.app.processes import cpus
-from dropserve.app.processes.supervisor import Keep, supervise
+from dropserve.app.processes.supervisor import Keep, Limits, supervise
 from dropserve.app.processes.worker import (
     Reload,
     Worker,
@@ -23,13 +25,13 @@ from dropserve.app.processes.worker import (
     kept,
     read_keys,
     serve_as_worker,
+    start_seconds,
+    stop_seconds,
 )
 from dropserve.app.settings import Settings
 
 # Queue of connections not yet accepted; longer than a burst of new clients.
 BACKLOG = 2048
-# Time that workers get to exit after the drain, before they are killed.
-MARGIN_SECONDS = 5
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +55,15 @@ def command(arguments: Sequence[str], prog: str) -> int:
         print(f"{prog}: error: --{str(option).replace('_', '-')}: {said}", file=sys.stderr)
         return 2
     logs.configure(logging.INFO)
+    return loading.leave(serve(settings))
+
+
+def serve(settings: Settings) -> int:
+    """Serve until the process is told to stop; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Until the server's own handlers take over.
-        signal.signal(number, lambda *_: sys.exit(0))
+        # Until the server's own handlers take over. It takes nothing down that a model being loaded
+        # still needs.
+        signal.signal(number, lambda *_: os._exit(0))
     # Ignore SIGHUP until start-up has loaded everything.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Each connection is an open file, and the soft limit of a shell is low.
@@ -65,7 +73,9 @@ def command(arguments: Sequence[str], prog: str) -> int:
     try:
         # With several workers, this only reports faults once, before the workers start.
         read_keys(settings, starting=True)
-        engines = load_engines(settings.models, settings.device, threads)
+        engines = load_engines(
+            settings.models, settings.device, threads, load_seconds=settings.load_seconds
+        )
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -78,6 +88,7 @@ def command(arguments: Sequence[str], prog: str) -> int:
     many = "1 worker" if workers == 1 else f"{workers} workers"
     log.info("listening on http://%s:%d with %s", host, listener.getsockname()[1], many)
     worker = Worker(settings, engines) if workers == 1 else None
+    state = engines.state()
     # This reference would keep unloaded models in memory.
     del engines
     if worker:
@@ -86,10 +97,15 @@ def command(arguments: Sequence[str], prog: str) -> int:
     return supervise(
         partial(serve_as_worker, settings, threads, listener),
         workers,
+        state=state,
         closing=listener.close,
         on_hangup=Reload(),
         keep=Keep(kept, fold),
-        stop_seconds=settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS,
+        limits=Limits(
+            start=partial(start_seconds, settings),
+            stuck=settings.stuck_seconds,
+            stop=stop_seconds(settings),
+        ),
     )
 
 

@@ -32,6 +32,7 @@ from dropserve.app.http.schemas import (
 )
 from dropserve.app.http.v2 import infer, repository, routes, statistics
 from dropserve.app.inference.admission import Admission
+from dropserve.app.inference.registry import VersionStatus
 from dropserve.app.inference.service import Service
 from dropserve.app.observability.metrics import Counts
 from dropserve.app.observability.record import RequestRecord
@@ -53,12 +54,13 @@ def create(
     max_body_bytes: int,
     max_unread_bytes: int,
     context: Context,
-    load: Callable[[str], Awaitable[None]],
-    unload: Callable[[str], Awaitable[None]],
+    load: repository.Change,
+    unload: repository.Change,
+    index: Callable[[], Awaitable[list[VersionStatus]]],
     metrics: Callable[[], Awaitable[bytes]],
     counts: Callable[[], Awaitable[Counts]],
     startup: Callable[[], None],
-    shutdown: Callable[[], None],
+    shutdown: Callable[[], Awaitable[None]],
     origins: tuple[str, ...] = (),
 ) -> Application:
     """Return the application of a service.
@@ -77,6 +79,8 @@ def create(
         Opens the record of each request.
     load, unload
         Have all workers load or unload a model.
+    index
+        Lists all versions.
     metrics
         Writes the metrics of all workers.
     counts
@@ -132,7 +136,7 @@ def create(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         startup()
         yield
-        shutdown()
+        await shutdown()
 
     rest = FastAPIOffline(
         # Their links would be absolute, and miss the prefix that a proxy may strip.
@@ -209,7 +213,9 @@ def create(
     rest.include_router(statistics.router(service.registry, counts, guard("predict")))
     rest.include_router(routes.router(service, guard("predict")))
     rest.include_router(
-        repository.router(service.registry, load=load, unload=unload, guard=guard("admin"))
+        repository.router(
+            service.registry, load=load, unload=unload, index=index, guard=guard("admin")
+        )
     )
     files = console.Files()
     rest.include_router(console.router(files, service, context, guard("predict"), debug=debug))

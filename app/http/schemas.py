@@ -362,8 +362,14 @@ class VersionState(Document):
 
     name: str
     version: str
-    state: Literal["READY", "UNAVAILABLE"]
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
     reason: str
+
+
+class GoesOn(Document):
+    """A change of the served models that goes on."""
+
+    error: str = Field(description="What goes on, in the field that Triton's clients show.")
 
 
 class IndexRequest(Document):

@@ -62,6 +62,8 @@ def reason(error: Exception) -> str:
 class Engine:
     """The two sessions of a bundle; each run takes ``threads`` CPUs.
 
+    Runs that are under way end with an exception once ``options.terminate`` is set.
+
     Raises
     ------
     BundleError
@@ -74,7 +76,14 @@ class Engine:
     # How long runs take; see ``registry.load_engine``.
     paces: Paces
 
-    def __init__(self, bundle: Bundle, device: Device, threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        threads: int = 1,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> None:
+        self.options = options or run_options()
         self.manifest: Manifest = bundle.manifest
         self.examples: Examples = read_examples(bundle.examples, bundle.manifest)
         # Of these a bundle may say anything; what is fed and read takes memory in any case.
@@ -97,7 +106,8 @@ class Engine:
 
     def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map ``x [B, *shape]`` to logits or values ``[B, width]`` in eval mode."""
-        (output,) = self.predict_session.run(None, {self.manifest.input.name: x})
+        feed = {self.manifest.input.name: x}
+        (output,) = self.predict_session.run(None, feed, self.options)
         return checked(PREDICT, np.asarray(output), (len(x), self.manifest.width))
 
     def passes(
@@ -123,7 +133,7 @@ class Engine:
             Logits or values ``[N, width]``.
         """
         feed = {self.manifest.input.name: x, ROWS: rows, **masks}
-        (output,) = self.stochastic_session.run(None, feed)
+        (output,) = self.stochastic_session.run(None, feed, self.options)
         return checked(STOCHASTIC, np.asarray(output), (len(rows), self.manifest.width))
 
 
@@ -133,6 +143,14 @@ def checked(file: str, output: NDArray[np.float32], shape: tuple[int, int]) -> N
     if output.shape != shape:
         raise BundleError(f"{file} returns {list(output.shape)} numbers in place of {list(shape)}")
     return output
+
+
+def run_options() -> onnxruntime.RunOptions:
+    """Return options for the runs of an engine, by which they can be ended."""
+    options = onnxruntime.RunOptions()
+    # A failed run raises an exception; onnxruntime need not log it.
+    options.log_severity_level = FATAL
+    return options
 
 
 def open_graph(

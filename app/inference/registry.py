@@ -6,25 +6,30 @@ nothing. A request keeps the model it has found until its response is out.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
+import onnxruntime
+
 from dropserve.app.bundles import loader
 from dropserve.app.errors import DeviceUnavailable, InputError, LoadError, StartError, UnknownModel
-from dropserve.app.inference import batch, memory
+from dropserve.app.inference import batch, loading, memory
 from dropserve.app.inference.batch import PassesJob
 from dropserve.app.inference.batcher import Paces
-from dropserve.app.inference.engine import Engine, refusing
+from dropserve.app.inference.engine import Engine, refusing, run_options
 from dropserve.app.inference.executor import Executor
 from dropserve.app.inference.providers import PROVIDERS, Device
 from dropserve.app.inference.runner import ModelRunner, passes_pace, predict_pace
 from dropserve.app.observability.metrics import ModelInfo
 from dropserve.app.uncertainty.masks import MaskStream
-from dropserve.export.bundle import PREDICT, STOCHASTIC, BundleError
+from dropserve.export.bundle import PREDICT, STOCHASTIC, BundleError, Manifest
 
 # Passes of each example when a bundle is tried.
 TRIAL_PASSES = 10
@@ -32,30 +37,72 @@ TRIAL_PASSES = 10
 LOADED, REFUSED = "loaded", "refused"
 
 Found = TypeVar("Found")
+Result = TypeVar("Result")
 Versions = TypeVar("Versions")
 
 log = logging.getLogger(__name__)
 
 
 class Engines(dict[str, dict[int, Engine]]):
-    """Engines by name and version, their device, and why other versions were refused."""
+    """Engines by name and version, their device, and why other versions were refused.
 
-    def __init__(self, device: Device, threads: int) -> None:
+    ``load_seconds`` is the longest time that loading a version may take; None: any.
+    """
+
+    def __init__(self, device: Device, threads: int, load_seconds: float | None = None) -> None:
         super().__init__()
         self.device = device
         self.threads = threads
+        self.load_seconds = load_seconds
         self.refused: dict[tuple[str, int], str] = {}
 
+    def state(self) -> "Served":
+        """Return what is served with these engines."""
+        versions = {
+            name: {version: digest(engine.manifest) for version, engine in versions.items()}
+            for name, versions in self.items()
+        }
+        return Served(versions, frozenset(), dict(self.refused))
 
-class Served(NamedTuple):
-    """The served and the unloaded models, so that another process can serve the same."""
 
-    versions: dict[str, tuple[int, ...]]
-    unloaded: frozenset[str]
+@dataclass(frozen=True)
+class Served:
+    """What a process serves, so that another can serve the same.
+
+    Parameters
+    ----------
+    versions
+        Hash of the manifest of each served version, by name and version.
+    unloaded
+        Names of unloaded models.
+    refused
+        Why versions were refused. Other processes may have found other reasons.
+    """
+
+    versions: dict[str, dict[int, str]]
+    unloaded: frozenset[str] = frozenset()
+    refused: dict[tuple[str, int], str] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        served = (
+            f"{name} {version} ({sha256[:8]})"
+            for name, versions in sorted(self.versions.items())
+            for version, sha256 in sorted(versions.items())
+        )
+        return ", ".join(served) or "no model"
 
 
-def load_engine(place: Path, device: Device, threads: int) -> Engine:
+def digest(manifest: Manifest) -> str:
+    """Return a hash that tells a bundle from others of its name and version."""
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+
+
+def load_engine(
+    place: Path, device: Device, threads: int, options: onnxruntime.RunOptions
+) -> Engine:
     """Read the bundle at ``place``, and try it on its own examples.
+
+    Setting ``options.terminate`` ends the trial.
 
     Raises
     ------
@@ -65,7 +112,7 @@ def load_engine(place: Path, device: Device, threads: int) -> Engine:
         If the device is not available.
     """
     with refusing("it does not load"):
-        engine = Engine(loader.read_bundle(place), device, threads)
+        engine = Engine(loader.read_bundle(place), device, threads, options)
         inputs = engine.examples.inputs
         stream = MaskStream(0, engine.manifest.sites)
         trial = PassesJob(inputs, stream, range(len(inputs)), range(TRIAL_PASSES), 0.5)
@@ -95,6 +142,7 @@ class VersionStatus(NamedTuple):
     version: int
     served: bool
     reason: str  # why not, if known
+    loading: bool = False  # whether it is about to be loaded
 
 
 class Registry:
@@ -119,9 +167,12 @@ class Registry:
         self.device = engines.device
         self.provider = PROVIDERS[engines.device][0]
         self.threads = engines.threads
+        self.load_seconds = engines.load_seconds
         self.served = {
             name: {
-                version: ModelRunner(engine, executor)
+                version: loading.within(
+                    self.load_seconds, partial(ModelRunner, engine, executor), engine.options
+                )
                 for version, engine in sorted(versions.items())
             }
             for name, versions in engines.items()
@@ -147,8 +198,17 @@ class Registry:
 
     def state(self) -> Served:
         """Return the served and the unloaded models."""
-        versions = {name: tuple(versions) for name, versions in self.served.items()}
-        return Served(versions, frozenset(self.unloaded))
+        versions = {
+            name: {version: digest(runner.manifest) for version, runner in versions.items()}
+            for name, versions in self.served.items()
+        }
+        return Served(versions, frozenset(self.unloaded), dict(self.refused))
+
+    def close(self) -> None:
+        """End the runs that are under way; nobody waits for their outcomes any more."""
+        for versions in self.served.values():
+            for runner in versions.values():
+                runner.engine.options.terminate = True
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[None]:
@@ -161,7 +221,7 @@ class Registry:
 
     async def index(self) -> list[VersionStatus]:
         """Return the status of every version that is served or in the models folder."""
-        listed = await asyncio.to_thread(self._list_folder)
+        listed = await self._list_folder()
         found = {name: set(places) for name, places in listed.items()}
         for name, versions in self.served.items():
             found.setdefault(name, set()).update(versions)
@@ -187,7 +247,7 @@ class Registry:
             If the folder cannot be read.
         """
         async with self.change():
-            listed = await asyncio.to_thread(self._list_folder)
+            listed = await self._list_folder()
             if name not in listed:
                 there = ", ".join(listed) or "none"
                 raise UnknownModel(f"no model {name[:100]!r} to load; there are: {there}")
@@ -217,7 +277,7 @@ class Registry:
             If a version is refused, or if the folder holds no bundle; then nothing is unloaded.
         """
         async with self.change():
-            listed = await asyncio.to_thread(self._list_folder)
+            listed = await self._list_folder()
             if not listed:
                 raise LoadError(f"the models folder {str(self.folder)!r} holds no bundle")
             for name in self.served.keys() - listed.keys():
@@ -229,6 +289,27 @@ class Registry:
             faults = [fault for name in names for fault in self.faults(name)]
             if faults:
                 raise LoadError("; ".join(faults))
+
+    async def follow(self, state: Served) -> None:
+        """Serve what another process serves, as far as the models folder still holds it."""
+        async with self.change():
+            for name in self.served.keys() - state.versions.keys():
+                del self.served[name]
+                log.info("unloaded %s", name)
+            for name, digests in state.versions.items():
+                before = self.served.get(name, {})
+                versions: dict[int, ModelRunner] = {}
+                for version, wanted in sorted(digests.items()):
+                    runner = before.get(version)
+                    if self.folder and not (runner and digest(runner.manifest) == wanted):
+                        place = self.folder / name / str(version)
+                        runner = await self._try(name, version, place, runner)
+                    if runner:
+                        versions[version] = runner
+                if versions:
+                    self.served[name] = versions
+            self.unloaded = set(state.unloaded)
+            self.refused = dict(state.refused)
 
     def infos(self) -> Iterator[ModelInfo]:
         """Iterate over the served versions and where they run."""
@@ -250,16 +331,23 @@ class Registry:
                     for size, number in sizes.copy().items():
                         yield (name, str(version), graph), size, number
 
-    def _list_folder(self) -> dict[str, dict[int, Path]]:
+    async def _list_folder(self) -> dict[str, dict[int, Path]]:
         """Return the folder of each version, by name."""
         listed: dict[str, dict[int, Path]] = {}
-        if self.folder is not None:
+        if (folder := self.folder) is not None:
             try:
-                for place in loader.bundle_folders(self.folder):
+                for place in await self._within(lambda: list(loader.bundle_folders(folder))):
                     listed.setdefault(place.parent.name, {})[int(place.name)] = place
-            except StartError as error:
+            except (StartError, BundleError) as error:
                 raise LoadError(str(error)) from None
         return listed
+
+    async def _within(
+        self, work: Callable[[], Result], options: onnxruntime.RunOptions | None = None
+    ) -> Result:
+        """Do work on the models folder, off the event loop; see ``loading.within``."""
+        waiting = loading.in_thread(partial(loading.within, self.load_seconds, work, options))
+        return await asyncio.wrap_future(waiting)
 
     async def _refresh(self, name: str, places: dict[int, Path]) -> None:
         """Load versions of a model, and serve them instead of the present ones.
@@ -271,23 +359,30 @@ class Registry:
         for gone in [key for key in self.refused if key[0] == name and key[1] not in places]:
             del self.refused[gone]
         for version, place in sorted(places.items()):
-            before = served.get(version)
-            try:
-                runner = await asyncio.to_thread(self._load_version, place, before)
-            except (BundleError, DeviceUnavailable) as error:
-                log.error("refused %s version %d: %s", name, version, error)
-                self.refused[name, version] = str(error)
-                self.loads[name, REFUSED] += 1
-                if before:
-                    versions[version] = before
-                continue
-            self.refused.pop((name, version), None)
-            versions[version] = runner
-            if runner is not before:
-                self.loads[name, LOADED] += 1
-                log.info("serving %s version %d", name, version)
+            runner = await self._try(name, version, place, served.get(version))
+            if runner:
+                versions[version] = runner
         if versions:
             self.served[name] = versions
+
+    async def _try(
+        self, name: str, version: int, place: Path, before: ModelRunner | None
+    ) -> ModelRunner | None:
+        """Load a version; return ``before``, which is served now, if it is refused or the same."""
+        try:
+            options = run_options()
+            load = partial(self._load_version, place, before, options)
+            runner = await self._within(load, options)
+        except (BundleError, DeviceUnavailable) as error:
+            log.error("refused %s version %d: %s", name, version, error)
+            self.refused[name, version] = str(error)
+            self.loads[name, REFUSED] += 1
+            return before
+        self.refused.pop((name, version), None)
+        if runner is not before:
+            self.loads[name, LOADED] += 1
+            log.info("serving %s version %d", name, version)
+        return runner
 
     def faults(self, name: str) -> Iterator[str]:
         """Describe the versions of a model that were refused when last tried."""
@@ -295,12 +390,15 @@ class Registry:
             if of == name:
                 yield f"refused {name} version {version}: {reason}"
 
-    def _load_version(self, place: Path, before: ModelRunner | None) -> ModelRunner:
+    def _load_version(
+        self, place: Path, before: ModelRunner | None, options: onnxruntime.RunOptions
+    ) -> ModelRunner:
         """Load the bundle at ``place``, unless it is the one being served."""
         with refusing("it does not load"):
             if before and loader.read_manifest(place) == before.manifest:
                 return before
-        return ModelRunner(load_engine(place, self.device, self.threads), self.executor)
+        engine = load_engine(place, self.device, self.threads, options)
+        return ModelRunner(engine, self.executor)
 
 
 def find_version(
@@ -341,6 +439,8 @@ def load_engines(
     device: Literal["auto"] | Device,
     threads: int = 1,
     only: Mapping[str, Collection[int]] | None = None,
+    *,
+    load_seconds: float | None = None,
 ) -> Engines:
     """Load the bundles of the models folder; a refused one is logged.
 
@@ -354,6 +454,8 @@ def load_engines(
         CPUs for each run of a graph.
     only
         The versions to load, by name; None: all.
+    load_seconds
+        Longest time that loading a version may take; None: any.
 
     Raises
     ------
@@ -361,20 +463,26 @@ def load_engines(
         If the folder cannot be read or no bundle in it can be served, or ``device`` (other than
         "auto") is not available.
     """
-    engines = Engines("cuda" if device == "auto" else device, threads)
+    engines = Engines("cuda" if device == "auto" else device, threads, load_seconds)
+
+    def load(place: Path) -> Engine:
+        options = run_options()
+        work = partial(load_engine, place, engines.device, threads, options)
+        return loading.within(load_seconds, work, options)
+
     for place in loader.bundle_folders(models):
         name, version = place.parent.name, int(place.name)
         if only is not None and version not in only.get(name, ()):
             continue
         try:
             try:
-                engine = load_engine(place, engines.device, threads)
+                engine = load(place)
             except DeviceUnavailable as error:
                 if device != "auto":
                     raise
                 log.warning("serving on the CPU: %s", error)
                 engines.device = "cpu"
-                engine = load_engine(place, engines.device, threads)
+                engine = load(place)
         except BundleError as error:
             log.error("refused %s version %d: %s", name, version, error)
             engines.refused[name, version] = str(error)

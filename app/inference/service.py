@@ -66,7 +66,8 @@ class Service:
         self.max_row_passes = max_row_passes
 
     def close(self) -> None:
-        """End the thread of long runs."""
+        """End the runs that are under way, and the thread of long ones."""
+        self.registry.close()
         self.executor.close()
 
     async def predict(self, query: PredictQuery, record: RequestRecord) -> Answer:

@@ -212,8 +212,9 @@ def merged(parts: Iterable[Counts]) -> Counts:
 def exposition(
     snapshots: Sequence[Snapshot],
     *,
-    gone: Counts,
+    earlier: Sequence[Counts],
     deaths: int,
+    silences: int,
     queue_limit: int,
     models: Iterable[ModelInfo],
 ) -> bytes:
@@ -222,23 +223,30 @@ def exposition(
     Parameters
     ----------
     snapshots
-        The snapshots of the living workers.
-    gone
-        Counts of the workers that died.
+        The snapshots of the workers that answer.
+    earlier
+        Last counts of others: of workers that died, or do not answer now.
     deaths
         Number of workers that died.
+    silences
+        How often a living worker did not answer in time.
     queue_limit
         Limit of rows x passes of one worker.
     models
         The served versions.
     """
-    counts = merged([gone, *(snapshot.counts for snapshot in snapshots)])
+    counts = merged([*earlier, *(snapshot.counts for snapshot in snapshots)])
     registry = CollectorRegistry()
     registry.register(
         Written(
             [
                 *counters(counts),
                 CounterMetricFamily("dropserve_worker_deaths", "Workers that died", deaths),
+                CounterMetricFamily(
+                    "dropserve_worker_silences",
+                    "Times that a worker did not tell its metrics in time",
+                    silences,
+                ),
                 *gauges(snapshots, queue_limit, models),
                 *processes([snapshot.pid for snapshot in snapshots]),
             ]
@@ -288,7 +296,7 @@ def gauges(
         ("queue_rows", "Rows x passes of the requests that are being answered", queue),
         ("queue_rows_limit", "Their limit", limit),
         ("connections", "Open connections", connections),
-        ("workers", "Worker processes", len(snapshots)),
+        ("workers", "Worker processes that answer", len(snapshots)),
     ):
         yield GaugeMetricFamily(f"dropserve_{name}", text, value)
     info = GaugeMetricFamily(

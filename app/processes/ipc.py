@@ -1,8 +1,8 @@
-"""Messages between the worker processes: a request to one of them can be put to all.
+"""Messages between two processes: requests and responses, both ways.
 
-A worker and the parent process (``supervisor``) hold the two ends of a socket pair. A worker's
-request to all others goes to the parent, which passes it on and gathers the answers. No process
-ever waits for another to read: bytes that a socket does not take at once are sent later.
+A worker and the parent process (``supervisor``) hold the two ends of a socket pair; ``group`` has
+the messages. No process ever waits for another to read: bytes that a socket does not take at once
+are sent later.
 """
 
 import asyncio
@@ -28,107 +28,6 @@ log = logging.getLogger(__name__)
 
 class Unanswered(Exception):
     """A request gets no answer: the other process is gone, stuck or too slow."""
-
-
-class Replies(NamedTuple):
-    """The outcome of a request to all workers."""
-
-    answers: list[object]  # one for each living worker that answers, the asking one's first
-    gone: object  # dead workers' answers, folded by the parent; None: none kept
-    deaths: int  # workers that have died since the service was started
-
-
-class Serving(NamedTuple):
-    """Message to the parent: this worker's event loop is running."""
-
-    state: object  # served by the worker
-
-
-class Broadcast(NamedTuple):
-    """Request to the parent: put a request to all other workers, and gather their answers."""
-
-    content: object
-    answer: object  # of the worker that asks
-
-
-class Change(NamedTuple):
-    """Request to a worker: change the served state; the response is the new state."""
-
-    content: object
-
-
-class Group:
-    """All worker processes of a service, as one of them sees them.
-
-    Parameters
-    ----------
-    handle
-        Answers a request in this process, on the event loop. Two workers may send requests to each
-        other at the same moment, so it must not wait for a lock that is held during a request.
-    link
-        Socket to the parent; None: this is the only process.
-    orphaned
-        Called when the parent is gone.
-    state
-        Returns the served state, so that workers started later can begin with the same.
-    """
-
-    def __init__(
-        self,
-        handle: Handle,
-        link: socket.socket | None,
-        orphaned: Callable[[], None],
-        state: Callable[[], object],
-    ) -> None:
-        self.handle = handle
-        self.state = state
-        self.channel = None if link is None else Channel(link, self.answer, orphaned)
-
-    def start(self) -> None:
-        """Take requests, and tell the parent so; called on the running event loop."""
-        if self.channel:
-            self.channel.start()
-            self.channel.notify(Serving(self.state()))
-
-    def close(self) -> None:
-        """Leave the group: no requests go out or come in any more."""
-        if self.channel:
-            self.channel.close()
-
-    async def answer(self, content: object) -> object:
-        """Answer a request of the parent."""
-        if isinstance(content, Change):
-            await self.handle(content.content)
-            return self.state()
-        return await self.handle(content)
-
-    async def ask(self, content: object) -> Replies:
-        """Put a request to this worker, then to all others.
-
-        An exception raised by ``handle`` in this worker is raised here, and the others are not
-        asked. An exception in another worker is raised here once all have answered.
-
-        Raises
-        ------
-        Unanswered
-            If the parent is gone.
-        """
-        answer = await self.handle(content)
-        if self.channel is None:
-            return Replies([answer], None, 0)
-        replies = await self.channel.request(Broadcast(content, answer))
-        assert isinstance(replies, Replies)
-        return replies
-
-    async def change(self, content: object) -> None:
-        """Have all workers change the served state, this one first; one change after the other.
-
-        Raises as ``ask`` does. Workers started later begin with the new state.
-        """
-        if self.channel is None:
-            await self.handle(content)
-        else:
-            await self.channel.request(Change(content))
 
 
 class Request(NamedTuple):

@@ -7,27 +7,37 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
+from http import HTTPStatus
 from typing import NamedTuple
 
 import uvicorn
+from starlette.exceptions import HTTPException
 from uvicorn.config import STARTUP_FAILURE
 
 from dropserve.app.errors import LoadError, StartError
 from dropserve.app.http import app
 from dropserve.app.http.context import Context
-from dropserve.app.inference import memory
-from dropserve.app.inference.registry import Engines, Served, load_engines
+from dropserve.app.inference import loading, memory
+from dropserve.app.inference.registry import Engines, Served, VersionStatus, load_engines
 from dropserve.app.inference.service import Service
 from dropserve.app.observability import logs, metrics, tracing
 from dropserve.app.observability.metrics import Counts, Snapshot
-from dropserve.app.processes.ipc import Group
-from dropserve.app.processes.supervisor import Start
+from dropserve.app.processes.group import Group, Replies
+from dropserve.app.processes.ipc import Unanswered
+from dropserve.app.processes.process import Start
 from dropserve.app.security.api_keys import Keys
 from dropserve.app.security.hosts import Hosts
 from dropserve.app.security.loopback import is_loopback
 from dropserve.app.server.connection import Limits, connection_class
 from dropserve.app.server.server import Server
 from dropserve.app.settings import Settings
+from dropserve.export.bundle import BundleError
+
+# Longest time in which a worker is there, apart from loading its models.
+PYTHON_SECONDS = 60
+# Time that processes get to exit after the drain, before they are killed.
+MARGIN_SECONDS = 5
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +78,8 @@ class Worker:
     def __init__(self, settings: Settings, engines: Engines, start: Start | None = None) -> None:
         self.settings = settings
         self.alone = start is None
+        # Whether another worker takes over.
+        self.leaving = False
         self.service = Service(
             engines,
             max_rows=settings.max_rows,
@@ -90,17 +102,18 @@ class Worker:
             log=logs.RequestLog(sys.stderr.fileno()),
             spans=self.spans,
         )
-        self.group = Group(
-            self.handle, start.link if start else None, self.stop, self.service.registry.state
-        )
+        self.group = Group(self, start.link if start else None)
+        # Changes under way, since the loop keeps only weak references to tasks.
+        self.changing: set[asyncio.Task[None]] = set()
         self.application = app.create(
             self.service,
             debug=settings.debug,
             max_body_bytes=settings.max_body_bytes,
             max_unread_bytes=settings.max_unread_bytes,
             context=self.context,
-            load=lambda name: self.group.change(Load(name)),
-            unload=lambda name: self.group.change(Unload(name)),
+            load=lambda name, seconds: self.change(Load(name), seconds),
+            unload=lambda name, seconds: self.change(Unload(name), seconds),
+            index=self.index,
             metrics=self.exposition,
             counts=self.counts,
             startup=self.startup,
@@ -132,7 +145,7 @@ class Worker:
             ),
             drain_delay=settings.drain_delay_seconds,
             drain_seconds=settings.drain_seconds,
-            draining=self.application.drain,
+            draining=self.drain,
             alone=self.alone,
         )
 
@@ -149,28 +162,75 @@ class Worker:
         # Signals reach the main thread only; embedded in another program, this may be another.
         if self.alone and threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
-            # The loop keeps only a weak reference to a task.
-            tasks: set[asyncio.Task[object]] = set()
+            loop.add_signal_handler(signal.SIGHUP, self.hang_up)
 
-            def hang_up() -> None:
-                task = loop.create_task(self.handle(Reload()))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+    def hang_up(self) -> None:
+        """Reload in the background, after SIGHUP."""
+        self.start_change(Reload())
 
-            loop.add_signal_handler(signal.SIGHUP, hang_up)
-
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         """Release the resources, after the last response."""
-        self.group.close()
+        await self.group.close(self.snapshot() if self.leaving else None)
         self.service.close()
 
+    def state(self) -> Served:
+        """Return what this process serves."""
+        return self.service.registry.state()
+
     def stop(self) -> None:
-        """Stop as on SIGTERM, unless stopping already: the supervisor is gone."""
+        """Stop as on a signal, unless stopping already: the supervisor is gone."""
         if not self.server.server_state.draining:
             self.server.stop()
 
+    def leave(self) -> None:
+        """Answer what was accepted and end: another worker takes over."""
+        self.leaving = True
+        self.server.leave()
+
+    def drain(self) -> None:
+        """Report that the service is not ready; see to it that the process ends in time."""
+        self.application.drain()
+        # One of several is killed by the supervisor. Another main thread is not this program's.
+        if self.alone and threading.current_thread() is threading.main_thread():
+            end = threading.Timer(stop_seconds(self.settings), end_at_once)
+            end.daemon = True
+            end.start()
+
+    async def change(self, message: Load | Unload, seconds: float) -> bool:
+        """Have all workers change what they serve; return whether it is done within ``seconds``.
+
+        Otherwise it goes on. Raises whatever the change raises in that time.
+        """
+        task = self.start_change(message)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            return False
+        await task
+        return True
+
+    def start_change(self, message: Load | Unload | Reload) -> "asyncio.Task[None]":
+        """Begin to have all workers change what they serve."""
+        task = asyncio.get_running_loop().create_task(self.group.change(message))
+        self.changing.add(task)
+        task.add_done_callback(self.changing.discard)
+        # The outcome may come when nobody waits for it any more; refusals are logged by themselves.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def index(self) -> list[VersionStatus]:
+        """Return the status of every version that is served, loading or in the models folder."""
+        registry = self.service.registry
+        pending = await self.group.pending()
+        names = {change.name for change in pending if isinstance(change, Load)}
+
+        def is_loading(status: VersionStatus) -> bool:
+            reloaded = Reload() in pending and status.name not in registry.unloaded
+            return not status.served and (reloaded or status.name in names)
+
+        return [each._replace(loading=is_loading(each)) for each in await registry.index()]
+
     async def handle(self, message: object) -> object:
-        """Handle a message to all workers."""
+        """Handle a message to all workers, or make a change before the others do."""
         match message:
             case Load(name):
                 await self.service.registry.load(name)
@@ -179,45 +239,88 @@ class Worker:
             case Reload():
                 await self.reload()
             case Count():
-                connections = len(self.server.server_state.connections)
-                return self.metrics.snapshot(
-                    pid=os.getpid(),
-                    queue=self.service.admission.held,
-                    connections=connections,
-                    loads=self.service.registry.loads,
-                    batch_sizes=self.service.registry.batch_sizes(),
-                )
+                return self.snapshot()
+        self.clean()
         return None
+
+    async def follow(self, state: object, change: object) -> None:
+        """Serve what came of a change that another worker has made."""
+        assert isinstance(state, Served)
+        if isinstance(change, Reload):
+            await self.read_keys_again()
+        await self.service.registry.follow(state)
+        self.clean()
+
+    def clean(self) -> None:
+        """Have this process replaced if a load that was given up goes on all the same."""
+        if loading.is_stuck():
+            self.group.replace("a load that was given up does not end")
+
+    def snapshot(self) -> Snapshot:
+        """Return the metrics of this process."""
+        return self.metrics.snapshot(
+            pid=os.getpid(),
+            queue=self.service.admission.held,
+            connections=len(self.server.server_state.connections),
+            loads=self.service.registry.loads,
+            batch_sizes=self.service.registry.batch_sizes(),
+        )
 
     async def reload(self) -> None:
         """Read the API keys and the models folder again; a faulty one changes nothing."""
-        try:
-            # Aside from the loop: the file may be on a slow or broken network.
-            self.context.keys = await asyncio.to_thread(read_keys, self.settings, starting=False)
-        except StartError as error:
-            log.error("the keys stay as they were: %s", error)
+        await self.read_keys_again()
         try:
             await self.service.registry.reload()
         except LoadError as error:
             log.error("not all was loaded: %s", error)
 
+    async def count(self) -> tuple[Replies, list[Snapshot], list[Counts]]:
+        """Count in all workers; return the replies, what they hold, and the counts of the others.
+
+        Raises
+        ------
+        HTTPException
+            503 if the parent does not answer. Counts of this process alone would look as if all
+            others had started anew.
+        """
+        try:
+            found = await self.group.ask(Count())
+        except Unanswered:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the parent process does not answer"
+            ) from None
+        snapshots = [each for each in found.answers if isinstance(each, Snapshot)]
+        earlier = [each.counts for each in found.last if isinstance(each, Snapshot)]
+        if isinstance(found.gone, dict):
+            earlier.append(found.gone)
+        return found, snapshots, earlier
+
     async def counts(self) -> Counts:
         """Return the counts of all workers together, those that died included."""
-        found = await self.group.ask(Count())
-        gone = found.gone if isinstance(found.gone, dict) else {}
-        return metrics.merged(
-            [gone, *(each.counts for each in found.answers if isinstance(each, Snapshot))]
+        _, snapshots, earlier = await self.count()
+        return metrics.merged([*earlier, *(each.counts for each in snapshots)])
+
+    async def read_keys_again(self) -> None:
+        """Read the API keys again; faulty ones change nothing."""
+        # Aside from the loop: the file may be on a slow or broken network.
+        limited = partial(
+            loading.within,
+            self.settings.load_seconds,
+            partial(read_keys, self.settings, starting=False),
         )
+        try:
+            self.context.keys = await asyncio.wrap_future(loading.in_thread(limited))
+        except (StartError, BundleError) as error:
+            log.error("the keys stay as they were: %s", error)
 
     async def exposition(self) -> bytes:
         """Return the metrics of all workers, for Prometheus."""
-        found = await self.group.ask(Count())
-        snapshots = [each for each in found.answers if isinstance(each, Snapshot)]
-        gone = found.gone if isinstance(found.gone, dict) else {}
+        found, snapshots, earlier = await self.count()
         return metrics.exposition(
             snapshots,
-            gone=gone,
+            earlier=earlier,
             deaths=found.deaths,
+            silences=found.silences,
             queue_limit=self.service.admission.limit,
             models=self.service.registry.infos(),
         )
@@ -260,18 +363,42 @@ def serve_as_worker(
     """Serve in one of several processes."""
     # The first process has logged this already.
     logs.configure(logging.ERROR)
+    state = start.state
+    assert isinstance(state, Served)
     try:
-        only = start.state.versions if isinstance(start.state, Served) else None
-        engines = load_engines(settings.models, settings.device, threads, only)
+        engines = load_engines(
+            *(settings.models, settings.device, threads, state.versions),
+            load_seconds=settings.load_seconds,
+        )
+        engines.refused = state.refused | engines.refused
         worker = Worker(settings, engines, start)
         # An unloaded model must not be kept alive.
         del engines
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         # With any other status the worker would be restarted, in vain.
-        sys.exit(STARTUP_FAILURE)
+        sys.exit(loading.leave(STARTUP_FAILURE))
     logging.getLogger().setLevel(logging.INFO)
     worker.serve(listener)
+    loading.leave(0)
+
+
+def start_seconds(settings: Settings, state: object) -> float:
+    """Return the longest time that a worker may take to start: to load all versions, and more."""
+    assert isinstance(state, Served)
+    versions = sum(map(len, state.versions.values()))
+    return PYTHON_SECONDS + settings.load_seconds * versions
+
+
+def stop_seconds(settings: Settings) -> float:
+    """Return the longest time that a process may take to end."""
+    return settings.drain_delay_seconds + settings.drain_seconds + MARGIN_SECONDS
+
+
+def end_at_once() -> None:
+    """End the process, which does not end by itself; called in a thread of its own."""
+    log.error("the service does not stop, and is ended")
+    os._exit(0)
 
 
 def kept(answer: object) -> bool:

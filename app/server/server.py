@@ -10,19 +10,27 @@ retry. Likewise, a connection is reset if its handshake is still under way when 
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
 import uvicorn
-from uvicorn.server import HANDLED_SIGNALS
 
 from dropserve.app.server.connection import Connection, State, readable
 
+# Signals that stop the service, and the one by which a parent process stops a worker. Whoever stops
+# a whole process group, as systemd does, sends the former to workers as well, who leave them to the
+# parent.
+STOPS, STOP = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
+# `timeout` sends its signal twice in a row, to the process and to its group.
+ECHO_SECONDS = 1.0
 # Grace period for open connections after the port closes.
 GRACE_SECONDS = 0.1
 # How long a handshake may still take once new ones are dropped.
@@ -45,11 +53,26 @@ DROP_SYN = b"".join(
 ACCEPT_AT_ONCE = 32
 
 
+class Stops:
+    """Tells a second signal to stop from an echo of the first."""
+
+    def __init__(self) -> None:
+        self.first = -math.inf
+
+    def is_echo(self) -> bool:
+        """Note a signal; tell whether it comes within ``ECHO_SECONDS`` of one that counted."""
+        now = time.monotonic()
+        if now - self.first < ECHO_SECONDS:
+            return True
+        self.first = now
+        return False
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with a graceful shutdown.
 
-    SIGTERM or SIGINT begins it, and a second one ends the server at once; ``run`` returns after
-    either.
+    SIGTERM or SIGINT begins it, and a second one, unless it comes within a second, ends the server
+    at once; ``run`` returns after either. A worker of several takes ``STOP`` instead.
 
     Parameters
     ----------
@@ -83,6 +106,7 @@ class Server(uvicorn.Server):
         self.drain_delay = drain_delay
         self.draining = draining
         self.alone = alone
+        self.stops = Stops()
         self.ports: list[socket.socket] = []
         # The loop itself keeps only weak references to tasks.
         self.connecting: set[asyncio.Task[object]] = set()
@@ -96,25 +120,41 @@ class Server(uvicorn.Server):
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in HANDLED_SIGNALS:
-            loop.add_signal_handler(number, self.stop)
+        handlers = dict.fromkeys(STOPS, self._stop_once) if self.alone else {STOP: self.stop}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             yield
         finally:
-            for number in HANDLED_SIGNALS:
+            for number in handlers:
                 loop.remove_signal_handler(number)
+
+    def _stop_once(self) -> None:
+        if not self.stops.is_echo():
+            self.stop()
 
     def stop(self) -> None:
         """Begin to drain, or end at once if already draining; called on the server's loop."""
         if self.server_state.draining:
             self.should_exit = self.force_exit = True
             return
-        self.server_state.draining = True
         self.draining()
+        self._drain(self.drain_delay)
+
+    def leave(self) -> None:
+        """Close the port and drain, unless that is under way; others accept connections on it.
+
+        Hence the service stays ready. Called on the server's loop.
+        """
+        if not self.server_state.draining:
+            self._drain(0)
+
+    def _drain(self, delay: float) -> None:
+        self.server_state.draining = True
         for connection in self.server_state.connections:
             if isinstance(connection, Connection):
                 connection.end_after_answer()
-        asyncio.get_running_loop().call_later(self.drain_delay, self._exit)
+        asyncio.get_running_loop().call_later(delay, self._exit)
 
     def _exit(self) -> None:
         self.should_exit = True

@@ -36,7 +36,10 @@ class Replica(Worker):
     """A worker of the service whose requests come from Ray's proxies."""
 
     def __init__(self, settings: Settings, threads: int) -> None:
-        super().__init__(settings, load_engines(settings.models, settings.device, threads))
+        engines = load_engines(
+            settings.models, settings.device, threads, load_seconds=settings.load_seconds
+        )
+        super().__init__(settings, engines)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         # Ray has uvicorn detect the interface, and a coroutine function tells it ASGI 3.

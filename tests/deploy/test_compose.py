@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic_settings import CliApp
 
-from dropserve.app.cli.serve import MARGIN_SECONDS
+from dropserve.app.processes.worker import MARGIN_SECONDS
 from dropserve.app.security.api_keys import Keys
 from dropserve.app.settings import Settings
 from tests.conftest import ROOT

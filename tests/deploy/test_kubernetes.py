@@ -16,7 +16,7 @@ from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from dropserve.app.cli.serve import MARGIN_SECONDS
+from dropserve.app.processes.worker import MARGIN_SECONDS
 from dropserve.app.settings import Settings
 from tests.conftest import ROOT, TRAINED, run, service
 from tests.deploy import kserve_models

@@ -60,10 +60,11 @@ def application(built: Path, context: Context) -> Iterator[Application]:
         context=context,
         load=nothing,
         unload=nothing,
+        index=nothing,
         metrics=nothing,
         counts=nothing,
         startup=lambda: None,
-        shutdown=lambda: None,
+        shutdown=nothing,
     )
     service.close()
 

@@ -19,13 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pytest
 
 from dropserve.app.errors import LoadError
-from dropserve.app.processes.ipc import MOST_UNSENT, Group, Unanswered
-from dropserve.app.processes.supervisor import Keep, Start, supervise
+from dropserve.app.processes.group import Group
+from dropserve.app.processes.ipc import MOST_UNSENT, Unanswered
+from dropserve.app.processes.process import Start
+from dropserve.app.processes.supervisor import Keep, Limits, supervise
+from dropserve.app.server.server import STOP
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 20  # seconds
@@ -39,16 +42,21 @@ class TwoArguments(Exception):
 
 
 class Toy:
-    """A worker that adds up numbers."""
+    """A worker that adds up numbers: what it has added itself, and in all, the served state."""
 
     def __init__(self, folder: Path, door: socket.socket, start: Start) -> None:
         self.folder = folder
         self.door = door
         self.given = start.state
+        assert isinstance(start.state, int)
         self.added = 0
+        self.sum = start.state
+        if (folder / "start otherwise").exists():
+            self.sum = -1
         self.hangups = 0
         self.stops = 0
-        self.group = Group(self.handle, start.link, self.stop, lambda: self.added)
+        self.left = False
+        self.group = Group(self, start.link)
 
     async def handle(self, request: object) -> object:
         """Answer a request, in each worker."""
@@ -57,14 +65,25 @@ class Toy:
             case ["add", int(number), *refusing]:
                 if pid in refusing:
                     raise LoadError(f"{pid} refuses")
-                self.added += number
+                self.add(number)
+            case ["add and fail", int(number)]:
+                self.add(number)
+                raise LoadError("not all was added")
             case ["add after", int(number), str(name)]:
                 await self.wait_for(name)
-                self.added += number
+                self.add(number)
+            case ["add or die", int(number), *dying]:
+                if pid in dying:
+                    os._exit(7)
+                self.add(number)
             case ["hangup"]:
                 self.hangups += 1
+                if (self.folder / "hold hangups").exists():
+                    await self.wait_for("go on")
                 if (self.folder / "fail").exists():
                     raise LoadError("no luck")
+            case ["replace", int(who)] if who == pid:
+                self.group.replace("it was asked for")
             case ["raise what takes two arguments", int(who)] if who == pid:
                 raise TwoArguments("inputs.0", "is too long")
             case ["exit", int(who), int(status)] if who == pid:
@@ -79,9 +98,25 @@ class Toy:
         return {
             "pid": pid,
             "added": self.added,
+            "sum": self.sum,
             "hangups": self.hangups,
             "given": self.given,
         }
+
+    async def follow(self, state: object, change: object) -> None:
+        """Take over the sum of the worker that has made a change."""
+        if change == ("hangup",):
+            self.hangups += 1
+        assert isinstance(state, int)
+        if not (self.folder / f"{os.getpid()} does not follow").exists():
+            self.add(state - self.sum)
+
+    def add(self, number: int) -> None:
+        self.added += number
+        self.sum += number
+
+    def state(self) -> int:
+        return self.sum
 
     async def wait_for(self, name: str) -> None:
         (self.folder / f"{name} is waited for").touch()
@@ -91,10 +126,14 @@ class Toy:
     def stop(self) -> None:
         self.stops += 1
 
+    def leave(self) -> None:
+        self.left = True
+        self.stop()
+
     async def run(self) -> None:
         """Serve until told to stop; with a file ``slow``, end only when told again."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (STOP, signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         self.group.start()
         own = self.folder / str(os.getpid())
@@ -111,7 +150,9 @@ class Toy:
         own.rename(self.folder / f"{own.name}.drains")
         while (self.folder / "slow").exists() and self.stops == 1:
             await asyncio.sleep(0.01)
-        self.group.close()
+        # More than any other process knows of.
+        self.added += 1000 * self.left
+        await self.group.close({"added": self.added} if self.left else None)
         (self.folder / f"{own.name}.drained").write_text(str(self.stops))
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,7 +160,7 @@ class Toy:
         request, change = json.loads(await reader.readline())
         try:
             if change:
-                await self.group.change(request)
+                await self.group.change(tuple(request))
                 answer: object = None
             else:
                 answer = (await self.group.ask(request))._asdict()
@@ -149,7 +190,16 @@ def sum_up(gone: Any, answer: Any) -> Any:
     return (gone or 0) + answer["added"]
 
 
-def main(folder: Path, workers: int, stop_seconds: float, answer_seconds: float) -> int:
+class Times(TypedDict, total=False):
+    """Limits of a service, in seconds."""
+
+    stop: float
+    stuck: float
+    start: float
+    answer: float
+
+
+def main(folder: Path, workers: int, times: Times) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     door = socket.socket(socket.AF_UNIX)
     door.bind(str(folder / "door"))
@@ -157,11 +207,16 @@ def main(folder: Path, workers: int, stop_seconds: float, answer_seconds: float)
     return supervise(
         partial(work, folder, door),
         workers,
+        state=0,
         closing=door.close,
-        on_hangup=["hangup"],
+        on_hangup=("hangup",),
         keep=Keep(counts, sum_up),
-        stop_seconds=stop_seconds,
-        answer_seconds=answer_seconds,
+        limits=Limits(
+            start=lambda _: times.get("start", PATIENCE),
+            stuck=times.get("stuck", PATIENCE),
+            stop=times.get("stop", PATIENCE),
+            answer=times.get("answer", PATIENCE),
+        ),
     )
 
 
@@ -184,12 +239,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 class Service:
     """A parent process and its workers."""
 
-    def __init__(
-        self, folder: Path, workers: int, stop_seconds: float = 20, answer_seconds: float = 20
-    ) -> None:
+    def __init__(self, folder: Path, workers: int, **times: Unpack[Times]) -> None:
         self.folder = folder
         self.log = folder / "log"
-        arguments = [str(folder), str(workers), str(stop_seconds), str(answer_seconds)]
+        arguments = [str(folder), str(workers), json.dumps(times)]
         with self.log.open("w") as log:
             self.parent = subprocess.Popen(
                 [sys.executable, "-m", __name__, *arguments],
@@ -222,7 +275,8 @@ class Service:
             client.settimeout(PATIENCE)
             client.connect(str(self.folder / str(pid)))
             client.sendall(json.dumps([request, change]).encode() + b"\n")
-            return json.loads(b"".join(iter(lambda: client.recv(2**16), b"")))
+            answer = b"".join(iter(lambda: client.recv(2**16), b""))
+        return json.loads(answer) if answer else "the worker has died"
 
     def added(self, pid: int) -> dict[int, int]:
         """Return the sum of each worker by pid, as one of them gathers them."""
@@ -272,8 +326,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Start services that end with the test."""
     services = []
 
-    def start(workers: int = 2, **options: float) -> Service:
-        services.append(Service(tmp_path, workers, **options))
+    def start(workers: int = 2, **times: Unpack[Times]) -> Service:
+        services.append(Service(tmp_path, workers, **times))
         return services[-1]
 
     try:
@@ -283,30 +337,49 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
             service.end()
 
 
-def test_one_worker_without_a_parent_answers_alone() -> None:
-    async def handle(request: object) -> object:
-        return ["answer", request]
+class Echo:
+    """A process that repeats requests."""
 
-    group = Group(handle, None, lambda: None, lambda: None)
-    assert asyncio.run(group.ask("request")) == ([["answer", "request"]], None, 0)
-    asyncio.run(group.change("request"))
+    stops = 0
+
+    async def handle(self, content: object) -> object:
+        return ["answer", content]
+
+    async def follow(self, state: object, change: object) -> None:
+        pass
+
+    def state(self) -> object:
+        return None
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def leave(self) -> None:
+        pass
+
+
+def test_one_worker_without_a_parent_answers_alone() -> None:
+    async def scenario() -> None:
+        group = Group(Echo(), None)
+        assert await group.ask("request") == ([["answer", "request"]], [], None, 0, 0)
+        await group.change("request")
+        assert await group.pending() == []
+
+    asyncio.run(scenario())
 
 
 def test_no_request_waits_for_a_parent_that_is_gone() -> None:
-    async def handle(request: object) -> object:
-        return request
-
     async def scenario() -> None:
-        orphaned = asyncio.Event()
+        member = Echo()
         parent, link = socket.socketpair()
-        group = Group(handle, link, orphaned.set, lambda: None)
+        group = Group(member, link)
         group.start()
         under_way = asyncio.create_task(group.ask("request"))
         await asyncio.sleep(0)
         parent.close()
         with pytest.raises(Unanswered, match="gone"):
             await under_way
-        assert orphaned.is_set()
+        assert member.stops == 1
         with pytest.raises(Unanswered, match="gone"):
             await group.ask("request")
 
@@ -319,7 +392,7 @@ def test_a_request_reaches_all_workers_and_the_own_answer_is_first(shared: Servi
         replies = shared.ask(pid, "pid")
         assert replies["answers"][0] == pid
         assert sorted(replies["answers"]) == pids
-        assert (replies["gone"], replies["deaths"]) == (None, 0)
+        assert (replies["gone"], replies["deaths"], replies["silences"]) == (None, 0, 0)
 
 
 def test_an_exception_of_the_asking_worker_is_raised_and_no_other_is_asked(shared: Service) -> None:
@@ -389,8 +462,8 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_are_kept(
     replies = service.ask(second)
     assert (replies["gone"], replies["deaths"]) == (5, 1)
     assert {answer["pid"]: (answer["added"], answer["given"]) for answer in replies["answers"]} == {
-        second: (5, None),
-        third: (5, None),
+        second: (5, 0),
+        third: (5, 0),
         new: (0, 5),
     }
     service.ask(new, "add", 1)
@@ -415,7 +488,8 @@ def test_changes_are_made_one_after_the_other(shared: Service) -> None:
         for each in (first, *later):
             each.result()
     after = {answer["hangups"] for answer in shared.ask(pids[0], "look")["answers"]}
-    assert after == {hangups + 2 for hangups in before}
+    # The later ones are equal, and made at once.
+    assert after == {hangups + 1 for hangups in before}
 
 
 def test_the_replacement_of_a_worker_that_died_during_a_change_serves_the_new_state(
@@ -432,8 +506,12 @@ def test_the_replacement_of_a_worker_that_died_during_a_change_serves_the_new_st
         service.make("go")
         change.result()
     _, new = sorted(service.wait_for_workers(2), key=lambda pid: pid != asker)
-    given = {answer["pid"]: answer["given"] for answer in service.ask(asker)["answers"]}
-    assert given == {asker: None, new: 12}
+
+    def sums() -> dict[int, int]:
+        return {answer["pid"]: answer["sum"] for answer in service.ask(asker)["answers"]}
+
+    # It may have begun with the state before, and followed since.
+    wait_for(lambda: sums() == {asker: 12, new: 12})
 
 
 def test_a_change_refused_by_the_asking_worker_reaches_no_other(shared: Service) -> None:
@@ -443,28 +521,171 @@ def test_a_change_refused_by_the_asking_worker_reaches_no_other(shared: Service)
     assert shared.added(asker) == before
 
 
-def test_a_worker_that_dies_or_is_stuck_is_left_out_of_an_answer(
+def test_a_change_that_the_asking_worker_makes_in_part_is_made_so_by_all(shared: Service) -> None:
+    asker, *others = shared.pids()
+    before = shared.added(asker)
+    said = shared.ask(asker, "add and fail", 7, change=True)
+    assert said == "LoadError('not all was added')"
+    assert shared.added(asker) == {pid: added + 7 for pid, added in before.items()}
+    # A worker that refuses what another has made follows all the same.
+    shared.ask(asker, "add", 1, others[0], change=True)
+    assert shared.added(asker) == {pid: added + 8 for pid, added in before.items()}
+
+
+def test_a_worker_that_does_not_follow_is_replaced_once_its_requests_are_answered(
     serve: Callable[..., Service],
 ) -> None:
-    service = serve(2, answer_seconds=0.5)
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    slow = service.make("slow")
+    service.make(f"{other} does not follow")
+    service.ask(asker, "add", 5, change=True)
+    # Its replacement starts while it drains.
+    wait_for(lambda: len(service.pids()) == 2 and other not in service.pids())
+    assert alive(other)
+    answers = {answer["pid"]: answer for answer in service.ask(asker)["answers"]}
+    assert {answers[pid]["sum"] for pid in service.pids()} == {5}
+    slow.unlink()
+    wait_for(lambda: not alive(other))
+    replies = service.ask(asker)
+    # Its last answer came at its very end.
+    assert (replies["gone"], replies["deaths"]) == (1000, 0)
+    assert f"worker {other} is replaced: it serves 0 in place of 5" in service.log.read_text()
+
+
+def test_a_worker_may_ask_to_be_replaced(serve: Callable[..., Service]) -> None:
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    service.ask(asker, "replace", other)
+    wait_for(lambda: not alive(other))
+    service.wait_for_workers(2)
+    assert service.drained() == {other: 1}
+    assert service.ask(asker)["deaths"] == 0
+    assert f"worker {other} is replaced: it was asked for" in service.log.read_text()
+
+
+def test_a_stop_does_not_cut_off_a_worker_that_is_being_replaced(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    slow = service.make("slow")
+    service.ask(asker, "replace", other)
+    service.wait_for_drain([other])
+    service.wait_for_workers(2)
+    service.parent.terminate()
+    service.wait_for_drain([asker])
+    slow.unlink()
+    assert service.parent.wait(PATIENCE) == 0
+    assert set(service.drained().values()) == {1}
+
+
+def test_a_change_is_made_by_another_worker_if_the_first_dies_within(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(3)
+    asker, second, third = service.wait_for_workers(3)
+    # A worker that follows does not try it anew.
+    assert service.ask(second, "add or die", 5, asker, change=True) is None
+    assert service.added(second) == {asker: 5, second: 5, third: 5}
+    assert service.ask(asker, "add or die", 1, asker, change=True) == "the worker has died"
+    wait_for(lambda: not alive(asker))
+    wait_for(lambda: service.added(second).get(third) == 6)
+    new = set(service.wait_for_workers(3)) - {second, third}
+    wait_for(lambda: {a["pid"] for a in service.ask(second)["answers"]} == {second, third, *new})
+    assert {answer["sum"] for answer in service.ask(second)["answers"]} == {6}
+
+
+def test_a_change_that_kills_workers_kills_two_at_most(serve: Callable[..., Service]) -> None:
+    service = serve(3)
+    pids = service.wait_for_workers(3)
+    died = service.ask(pids[0], "add or die", 1, *pids, change=True)
+    assert died == "the worker has died"
+    wait_for(lambda: sum(map(alive, pids)) == 1)
+    service.wait_for_workers(3)
+    (left,) = filter(alive, pids)
+    assert service.ask(left)["deaths"] == 2
+    service.ask(left, "add", 2, change=True)
+    assert {answer["sum"] for answer in service.ask(left)["answers"]} == {2}
+
+
+def test_a_worker_that_starts_otherwise_than_decided_is_logged_and_decides_nothing(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    otherwise = service.make("start otherwise")
+    new = service.replace(other)
+    wait_for(lambda: f"worker {new} serves other models" in service.log.read_text())
+    time.sleep(0.5)
+    assert service.pids() == sorted([asker, new])
+    otherwise.unlink()
+    service.ask(new, "add", 5, change=True)
+    assert {answer["sum"] for answer in service.ask(asker)["answers"]} == {5}
+
+
+def test_thousands_of_hangups_during_a_reload_lead_to_one_more(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
+    asker, _ = service.wait_for_workers(2)
+    service.make("hold hangups")
+    service.parent.send_signal(signal.SIGHUP)
+    wait_for((service.folder / "go on is waited for").exists)
+    for _ in range(2000):
+        service.parent.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    service.make("go on")
+    # A change waits for those before it.
+    service.ask(asker, "add", 1, change=True)
+    assert [answer["hangups"] for answer in service.ask(asker)["answers"]] == [2, 2]
+
+
+def test_equal_changes_that_wait_are_made_once(serve: Callable[..., Service]) -> None:
+    service = serve(2)
+    pids = service.wait_for_workers(2)
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(service.ask, pids[0], "add after", 1, "go", change=True)
+        wait_for((service.folder / "go is waited for").exists)
+        later = [pool.submit(service.ask, pids[n % 2], "add", 10, change=True) for n in range(8)]
+        time.sleep(0.5)
+        service.make("go")
+        assert [each.result() for each in (first, *later)] == [None] * 9
+    assert service.added(pids[0]) == dict.fromkeys(pids, 11)
+
+
+def test_a_worker_that_is_stuck_is_left_out_but_its_last_counts_are_not(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2, answer=0.2)
+    asker, other = service.wait_for_workers(2)
+    service.ask(asker, "add", 5)
+    os.kill(other, signal.SIGSTOP)
+    for silences in (1, 2):
+        replies = service.ask(asker, "add", 1)
+        assert [answer["pid"] for answer in replies["answers"]] == [asker]
+        assert [(answer["pid"], answer["added"]) for answer in replies["last"]] == [(other, 5)]
+        assert (replies["gone"], replies["deaths"], replies["silences"]) == (None, 0, silences)
+    assert f"worker {other} is left out of an answer: no answer within" in service.log.read_text()
+    os.kill(other, signal.SIGCONT)
+    # It has yet to handle the two requests that it has left unanswered.
+    wait_for(lambda: service.added(asker) == {asker: 7, other: 7})
+    assert service.ask(asker)["last"] == []
+
+
+def test_a_worker_that_dies_during_a_request_is_left_out_of_the_answer(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
     asker, other = service.wait_for_workers(2)
     # A status that would end the service if no worker had ever served.
-    assert [answer["pid"] for answer in service.ask(asker, "exit", other, 3)["answers"]] == [asker]
-    assert (
-        f"worker {other} is left out of an answer: the process is gone" in service.log.read_text()
-    )
-    # The parent has lost its connection, but the process may still be about to end.
-    wait_for(lambda: not alive(other))
-    asker, other = service.wait_for_workers(2)
-    replies = service.ask(asker, "block until", other, "go")
+    replies = service.ask(asker, "exit", other, 3)
     assert [answer["pid"] for answer in replies["answers"]] == [asker]
-    assert f"worker {other} is left out of an answer: no answer within" in service.log.read_text()
-    service.make("go")
-    wait_for(lambda: len(service.ask(asker, "pid")["answers"]) == 2)
+    assert replies["silences"] == 0
 
 
 def test_a_worker_that_reads_nothing_holds_up_nobody(serve: Callable[..., Service]) -> None:
-    service = serve(2, answer_seconds=0.2, stop_seconds=0.3)
+    service = serve(2, answer=0.2, stop=0.3)
     asker, stuck = service.wait_for_workers(2)
     service.ask(asker, "block until", stuck, "never")
     # Each is more than a socket takes, and together they exceed the limit of unsent bytes.
@@ -475,21 +696,72 @@ def test_a_worker_that_reads_nothing_holds_up_nobody(serve: Callable[..., Servic
     service.replace(asker)
     service.parent.terminate()
     assert service.parent.wait(PATIENCE) == 0
-    assert f"ERROR: worker {stuck} is killed" in service.log.read_text()
+    assert f"ERROR: worker {stuck} is killed: it does not stop" in service.log.read_text()
     assert not alive(stuck)
 
 
-def test_a_worker_that_is_still_starting_answers_later(serve: Callable[..., Service]) -> None:
+def test_a_worker_that_is_still_starting_is_not_waited_for_and_follows_later(
+    serve: Callable[..., Service],
+) -> None:
     service = serve(2)
     asker, other = service.wait_for_workers(2)
     hold = service.make("hold")
     os.kill(other, signal.SIGKILL)
     wait_for(lambda: len(service.starts()) == 3)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(service.ask, asker, "add", 1)
-        assert not waiting.done()
-        hold.unlink()
-        assert [answer["added"] for answer in waiting.result()["answers"]] == [1, 1]
+    assert [answer["pid"] for answer in service.ask(asker)["answers"]] == [asker]
+    service.ask(asker, "add", 5, change=True)
+    hold.unlink()
+    service.wait_for_workers(2)
+    wait_for(lambda: [answer["sum"] for answer in service.ask(asker)["answers"]] == [5, 5])
+    assert "is replaced:" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("blocks", ["stopped", "busy", "deaf"])
+def test_a_worker_that_does_not_answer_for_some_time_is_killed_and_replaced(
+    serve: Callable[..., Service], blocks: str
+) -> None:
+    service = serve(2, answer=0.1, stuck=0.5)
+    asker, stuck = service.wait_for_workers(2)
+    if blocks == "stopped":
+        os.kill(stuck, signal.SIGSTOP)
+    else:
+        service.ask(asker, "block until", stuck, "never")
+    if blocks == "deaf":
+        for _ in range(4):
+            service.ask(asker, "x" * (MOST_UNSENT // 2))
+    wait_for(lambda: not alive(stuck))
+    (new,) = set(service.wait_for_workers(2)) - {asker}
+    assert service.ask(asker)["deaths"] == 1
+    log = service.log.read_text()
+    assert f"worker {stuck} is killed: it has not answered for 0.5 s" in log
+    assert f"worker {stuck} has ended with signal 9 (Killed), and is replaced" in log
+    # The others are left alone.
+    time.sleep(1.5)
+    assert service.pids() == sorted([asker, new])
+
+
+def test_workers_are_not_killed_because_all_processes_were_suspended(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2, stuck=1)
+    pids = service.wait_for_workers(2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        os.killpg(service.parent.pid, number)
+        time.sleep(2)
+    assert service.pids() == pids
+    assert service.ask(pids[0])["deaths"] == 0
+
+
+def test_a_worker_that_does_not_start_in_time_is_killed_and_replaced(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2, start=3)
+    _, other = service.wait_for_workers(2)
+    hold = service.make("hold")
+    os.kill(other, signal.SIGKILL)
+    wait_for(lambda: "is killed: it has not started within 3 s" in service.log.read_text())
+    hold.unlink()
+    service.wait_for_workers(2)
 
 
 def test_a_stop_is_passed_on_and_all_workers_are_waited_for(serve: Callable[..., Service]) -> None:
@@ -507,30 +779,62 @@ def test_a_stop_is_passed_on_and_all_workers_are_waited_for(serve: Callable[...,
     assert service.drained() == dict.fromkeys(pids, 1)
 
 
-def test_control_c_in_a_terminal_stops_a_worker_once(serve: Callable[..., Service]) -> None:
-    service = serve(1)
-    pids = service.wait_for_workers(1)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_stops_a_worker_once(
+    serve: Callable[..., Service], number: signal.Signals
+) -> None:
+    service = serve(2)
+    pids = service.wait_for_workers(2)
     slow = service.make("slow")
-    os.killpg(service.parent.pid, signal.SIGINT)
+    os.killpg(service.parent.pid, number)
     service.wait_for_drain(pids)
+    # As `timeout` does; an echo of the first.
+    service.parent.send_signal(number)
+    os.killpg(service.parent.pid, number)
+    time.sleep(0.2)
     slow.unlink()
     assert service.parent.wait(PATIENCE) == 0
     assert service.drained() == dict.fromkeys(pids, 1)
 
 
-def test_a_second_stop_is_passed_on_too(serve: Callable[..., Service]) -> None:
+def test_a_worker_leaves_sigterm_and_sigint_to_its_parent(serve: Callable[..., Service]) -> None:
+    service = serve(2)
+    pids = service.wait_for_workers(2)
+    for pid in pids:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, number)
+    time.sleep(0.3)
+    assert service.pids() == pids
+    assert service.drained() == {}
+
+
+def test_workers_that_are_still_starting_end_with_their_parent(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(2)
+    asker, other = service.wait_for_workers(2)
+    service.make("hold")
+    os.kill(other, signal.SIGKILL)
+    wait_for(lambda: len(service.starts()) == 3)
+    os.killpg(service.parent.pid, signal.SIGTERM)
+    assert service.parent.wait(PATIENCE) == 0
+    assert service.drained() == {asker: 1}
+
+
+def test_a_second_stop_a_second_later_is_passed_on_too(serve: Callable[..., Service]) -> None:
     service = serve(1)
     pids = service.wait_for_workers(1)
     service.make("slow")
     service.parent.terminate()
     service.wait_for_drain(pids)
+    time.sleep(1.1)
     service.parent.terminate()
     assert service.parent.wait(PATIENCE) == 0
     assert service.drained() == dict.fromkeys(pids, 2)
 
 
 def test_workers_that_do_not_stop_in_time_are_killed(serve: Callable[..., Service]) -> None:
-    service = serve(2, stop_seconds=0.3)
+    service = serve(2, stop=0.3)
     pids = service.wait_for_workers(2)
     service.make("slow")
     service.parent.terminate()
@@ -584,4 +888,4 @@ def test_workers_that_die_quickly_are_replaced_once_a_second(serve: Callable[...
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])))

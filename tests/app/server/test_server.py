@@ -26,7 +26,7 @@ import uvicorn
 from dropserve.app.http import problems
 from dropserve.app.http.bodies import PAUSE, Response, complete
 from dropserve.app.server.connection import CROWD, Limits, connection_class, readable
-from dropserve.app.server.server import GRACE_SECONDS, Server
+from dropserve.app.server.server import ECHO_SECONDS, GRACE_SECONDS, Server
 
 ROOT = Path(__file__).parents[3]
 # Longest wait of a test.
@@ -860,10 +860,24 @@ def test_a_second_signal_ends_at_once(drain_delay: float, second: signal.Signals
     with running(drain_delay=drain_delay, drain_seconds=60) as server, server.connect() as client:
         client.sendall(SLOW.replace(b"/slow", b"/forever"))
         assert server.line() == "begun"
-        begun = server.stop()
+        server.stop()
+        time.sleep(ECHO_SECONDS)
+        begun = time.monotonic()
         server.process.send_signal(second)
         server.ended()
         assert server.returned - begun < SOON_SECONDS
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_right_after_the_first_is_the_same_one(second: signal.Signals) -> None:
+    with running() as server, server.connect() as client:
+        client.sendall(SLOW)
+        assert server.line() == "begun"
+        server.stop()
+        for _ in range(2):
+            server.process.send_signal(second)
+        assert rest(client).endswith(b"slow")
+        assert server.ended() == ""
 
 
 def test_requests_and_connections_that_the_kernel_still_holds_are_answered() -> None:
