@@ -52,7 +52,7 @@ def create(
     *,
     debug: bool,
     max_body_bytes: int,
-    max_unread_bytes: int,
+    unread: Admission,
     context: Context,
     load: repository.Change,
     unload: repository.Change,
@@ -73,8 +73,8 @@ def create(
         Whether ``POST /debug/mc`` is on.
     max_body_bytes
         Longest request body.
-    max_unread_bytes
-        Most bytes of long responses that clients have yet to read.
+    unread
+        Accounts for the bytes of long responses that clients have yet to read.
     context
         Opens the record of each request.
     load, unload
@@ -91,7 +91,6 @@ def create(
         Origins whose pages may send requests; ``*``: any.
     """
     held_bodies = Admission(LONGEST_BODIES * max_body_bytes, "bytes of bodies")
-    unread = Admission(max_unread_bytes, "bytes of responses that clients have yet to read")
 
     def endpoint(
         route: str,

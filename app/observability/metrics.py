@@ -68,6 +68,7 @@ class Snapshot(NamedTuple):
     pid: int
     queue: int
     connections: int
+    unread: int
     counts: Counts
 
 
@@ -132,6 +133,7 @@ class Metrics:
         pid: int,
         queue: int,
         connections: int,
+        unread: int,
         loads: Mapping[tuple[str, str], int],
         batch_sizes: Iterable[tuple[tuple[str, str, str], int, int]],
     ) -> Snapshot:
@@ -141,8 +143,9 @@ class Metrics:
         ----------
         pid
             The id of this process.
-        queue, connections
-            Rows x passes being answered, and open connections.
+        queue, connections, unread
+            Rows x passes being answered, open connections, and bytes of long responses that clients
+            have yet to read.
         loads
             Number of versions loaded or refused, by name and outcome.
         batch_sizes
@@ -172,7 +175,7 @@ class Metrics:
             numbers[bisect_left(SIZES, size)] = number
             numbers[-1] = size * number
             parts.append({("dropserve_batch_size", graph): numbers})
-        return Snapshot(pid, queue, connections, merged(parts))
+        return Snapshot(pid, queue, connections, unread, merged(parts))
 
 
 def statistics_of(seen: Seen, status: int) -> RequestStatistics:
@@ -292,10 +295,12 @@ def gauges(
     queue = sum(snapshot.queue for snapshot in snapshots)
     limit = queue_limit * len(snapshots)
     connections = sum(snapshot.connections for snapshot in snapshots)
+    unread = sum(snapshot.unread for snapshot in snapshots)
     for name, text, value in (
         ("queue_rows", "Rows x passes of the requests that are being answered", queue),
         ("queue_rows_limit", "Their limit", limit),
         ("connections", "Open connections", connections),
+        ("unread_bytes", "Bytes of long responses that clients have yet to read", unread),
         ("workers", "Worker processes that answer", len(snapshots)),
     ):
         yield GaugeMetricFamily(f"dropserve_{name}", text, value)

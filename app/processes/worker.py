@@ -19,6 +19,7 @@ from dropserve.app.errors import LoadError, StartError
 from dropserve.app.http import app
 from dropserve.app.http.context import Context
 from dropserve.app.inference import loading, memory
+from dropserve.app.inference.admission import Admission
 from dropserve.app.inference.registry import Engines, Served, VersionStatus, load_engines
 from dropserve.app.inference.service import Service
 from dropserve.app.observability import logs, metrics, tracing
@@ -90,6 +91,9 @@ class Worker:
         )
         if start and isinstance(start.state, Served):
             self.service.registry.unloaded |= start.state.unloaded
+        self.unread = Admission(
+            settings.max_unread_bytes, "bytes of responses that clients have yet to read"
+        )
         self.metrics = metrics.Metrics()
         self.spans = tracing.open_spans()
         self.context = Context(
@@ -109,7 +113,7 @@ class Worker:
             self.service,
             debug=settings.debug,
             max_body_bytes=settings.max_body_bytes,
-            max_unread_bytes=settings.max_unread_bytes,
+            unread=self.unread,
             context=self.context,
             load=lambda name, seconds: self.change(Load(name), seconds),
             unload=lambda name, seconds: self.change(Unload(name), seconds),
@@ -262,6 +266,7 @@ class Worker:
             pid=os.getpid(),
             queue=self.service.admission.held,
             connections=len(self.server.server_state.connections),
+            unread=self.unread.held,
             loads=self.service.registry.loads,
             batch_sizes=self.service.registry.batch_sizes(),
         )

@@ -84,9 +84,13 @@ def test_clients_that_do_not_read_hold_neither_connections_nor_memory_for_good(
 
         # The responses of two fit within the limit, and short ones are not held up.
         wait_for(lambda: answered(503) == 3)
+        found = re.search(r"\ndropserve_unread_bytes (\S+)\n", client.get("/metrics").text)
+        assert found
+        assert 20e6 < float(found[1]) <= most
         assert client.post("/predict", json=row).status_code == 200
         wait_for(lambda: answered(499) == 2)
         assert 'dropserve_rejected_total{reason="unread"} 2.0' in client.get("/metrics").text
+        assert "dropserve_unread_bytes 0.0" in client.get("/metrics").text
         # Responses, the samples that they are made of, and copies on their way to the socket.
         assert memory(client, "VmHWM") < before + 6 * most
         received = [rest(each) for each in silent]

@@ -56,7 +56,7 @@ def application(built: Path, context: Context) -> Iterator[Application]:
         service,
         debug=False,
         max_body_bytes=10_000,
-        max_unread_bytes=10_000_000,
+        unread=Admission(10_000_000),
         context=context,
         load=nothing,
         unload=nothing,
