@@ -24,6 +24,7 @@ the second tenth, after a warm-up of ten seconds.
 
 import asyncio
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -57,6 +58,8 @@ WORKERS = 3
 # After which the service replaces a worker that does not answer, and ends the connection of a
 # client that does not read.
 STUCK_SECONDS, SEND_SECONDS = 5, 5
+# Longest time in which a worker that was killed or stopped is gone, and again for another to serve.
+REPLACED_SECONDS = 5 * STUCK_SECONDS
 # Longest wait for the metrics while a worker is stopped.
 METRICS_LIMIT_SECONDS = 1.5
 # Rows of a response of some 2.5 MB, and the pace of a client that reads it slowly: in 10 s.
@@ -168,6 +171,8 @@ class Soak:
         # When workers were killed or stopped, and when they were seen to be gone.
         self.harm: list[tuple[float, float]] = []
         self.spared = min(workers(pid))
+        # Workers that have answered for the metrics when these were last fetched.
+        self.serving = 0.0
         self.pid = pid
         self.models = models
         self.kinds = kinds
@@ -241,16 +246,27 @@ class Soak:
 
     async def hurt(self) -> None:
         """Kill a worker and stop another in turn, and wait each time for its end."""
-        for number in (signal.SIGKILL, signal.SIGSTOP) * WORKERS * round(self.end):
+        for number in itertools.cycle((signal.SIGKILL, signal.SIGSTOP)):
             pid = random.choice(sorted(workers(self.pid) - {self.spared}))
             hurt = time.monotonic()
             self.harm.append((hurt, math.inf))
             os.kill(pid, number)
             while pid in workers(self.pid):
+                if time.monotonic() - hurt > REPLACED_SECONDS:
+                    self.found.wrong.append(f"worker {pid} was not replaced")
+                    os.kill(pid, signal.SIGKILL)
                 await asyncio.sleep(0.05)
             # Its connections are reset within this time.
             self.harm[-1] = (hurt, time.monotonic() + 0.2)
             self.found.killed += 1
+            self.serving = 0.0
+            while self.serving < WORKERS:
+                if time.monotonic() > self.end:
+                    return
+                if time.monotonic() - hurt > 2 * REPLACED_SECONDS:
+                    self.found.wrong.append(f"{self.serving} workers serve, not {WORKERS}")
+                    return
+                await asyncio.sleep(0.05)
             left = self.harm_seconds / 2 - (time.monotonic() - hurt)
             if time.monotonic() + left > self.end:
                 return
@@ -270,6 +286,9 @@ class Soak:
             answer = await client.get("/metrics")
         answer.raise_for_status()
         self.found.metrics.append(time.monotonic() - began)
+        found = re.search(r"^dropserve_workers (\S+)$", answer.text, re.MULTILINE)
+        assert found
+        self.serving = float(found[1])
 
     async def ask_reluctantly(self) -> socket.socket:
         """Send the request for a long response, over a connection that takes in little unread."""
@@ -305,6 +324,9 @@ class Soak:
             while not own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 await asyncio.sleep(0.1)
                 if time.monotonic() - began > 6 * SEND_SECONDS:
+                    if self.was_cut(began):
+                        # The end of the connection stands behind what is not read.
+                        raise ConnectionAbortedError
                     self.found.wrong.append("unread: the connection was not ended")
                     break
         self.found.statuses["unread"][0] += 1

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+from dropserve.app.server.server import STOP
 from tests.conftest import PATIENCE, children, service, wait_for
 from tests.end_to_end.test_metrics import scrape, value
 
@@ -122,7 +123,7 @@ def test_a_client_that_leaves_costs_nothing_more(served: httpx.Client, examples:
     assert passes_run(served) == ran + 50_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, STOP])
 def test_workers_share_a_port_and_one_that_dies_or_ends_is_replaced(
     built: Path, served: httpx.Client, examples: Examples, number: signal.Signals
 ) -> None:

@@ -745,11 +745,17 @@ def test_a_worker_that_does_not_answer_for_some_time_is_killed_and_replaced(
 def test_workers_are_not_killed_because_all_processes_were_suspended(
     serve: Callable[..., Service],
 ) -> None:
-    service = serve(2, stuck=1)
+    service = serve(2, stuck=2)
     pids = service.wait_for_workers(2)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        os.killpg(service.parent.pid, number)
-        time.sleep(2)
+    os.kill(pids[0], signal.SIGSTOP)
+    # By now the parent, which asks every second, waits for an answer.
+    time.sleep(1.1)
+    service.parent.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    service.parent.send_signal(signal.SIGCONT)
+    time.sleep(0.2)
+    os.kill(pids[0], signal.SIGCONT)
+    time.sleep(1.5)
     assert service.pids() == pids
     assert service.ask(pids[0])["deaths"] == 0
 
