@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -231,9 +231,11 @@ async def probe(port: int) -> float:
     """Return the seconds of a live probe, from connecting to its response."""
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(LIVE)
-    answer = await reader.read()
-    writer.close()
+    with closing(writer):
+        writer.write(LIVE)
+        answer = await reader.read()
+    if not answer:
+        raise ConnectionResetError("the live probe got no response")
     if not answer.startswith(b"HTTP/1.1 200 "):
         raise RuntimeError(f"the live probe got {answer[:100]!r}")
     return time.perf_counter() - start

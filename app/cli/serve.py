@@ -120,5 +120,9 @@ def listen(host: str, port: int) -> socket.socket:
         If the address cannot be resolved or is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = family == socket.AF_INET6 and socket.getaddrinfo(host, None)[0][4][0] == "::"
+    both = (
+        family == socket.AF_INET6
+        and socket.getaddrinfo(host, None)[0][4][0] == "::"
+        and socket.has_dualstack_ipv6()
+    )
     return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)

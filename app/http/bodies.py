@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Send
 
 from dropserve.app.errors import InputError
 from dropserve.app.http.compression import Unpacker, accepted, compress
+from dropserve.app.observability.record import CLIENT_DISCONNECTED, RequestRecord
 
 JSON = b"application/json"
 IDENTITY = b"identity"
@@ -257,11 +258,15 @@ def complete(response: Response, request_id: str) -> Response:
     return Response(status, content, [*headers, length, named])
 
 
-async def send_response(send: Send, response: Response) -> None:
-    """Send a complete response through ASGI."""
+async def send_response(send: Send, response: Response, record: RequestRecord) -> None:
+    """Send a complete response through ASGI; note in the record if its client is gone."""
     status, content, headers = response
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    try:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+    # As ASGI has it for a client that is gone.
+    except OSError:
+        record.rejected, record.status = "unread", CLIENT_DISCONNECTED
 
 
 def encoding_send(send: Send, headers: Headers) -> Send:

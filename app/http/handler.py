@@ -175,17 +175,14 @@ class Endpoint(Generic[Asked, Answered]):
             scope[PAUSE] = record.rejected == "queue"
             size = len(response.content)
             if size <= COUNTED_RESPONSE_BYTES:
-                await send_response(send, response)
+                await send_response(send, response, record)
                 return
             try:
                 with Admitted(self.unread, size, 0):
-                    await send_response(send, response)
+                    await send_response(send, response, record)
             except Overloaded as full:
                 refusal = problems.respond(full, scope["path"], record)
-                await send_response(send, complete(refusal, record.id))
-            # As ASGI has it for a client that is gone.
-            except OSError:
-                record.rejected, record.status = "unread", CLIENT_DISCONNECTED
+                await send_response(send, complete(refusal, record.id), record)
 
     async def respond(
         self,
@@ -321,7 +318,7 @@ class Application:
                 self.context.check_host(headers)
             except Misdirected as error:
                 response = problems.respond(error, scope["path"], record)
-                await send_response(send, complete(response, record.id))
+                await send_response(send, complete(response, record.id), record)
                 return
             if scope["method"] == "HEAD":
                 # As GET (RFC 9110, section 9.3.2); the server leaves out the content.
@@ -354,7 +351,7 @@ class Application:
             error = Overloaded("too many connections are open", 1)
             response = problems.respond(error, scope["path"], record)
             record.rejected = "connections"
-            await send_response(send, complete(response, record.id))
+            await send_response(send, complete(response, record.id), record)
 
     def malformed(self, status: HTTPStatus, detail: str, scope: Scope | None) -> Response:
         """Answer a request that is not valid HTTP, too long or too slow.

@@ -170,9 +170,7 @@ class Registry:
         self.load_seconds = engines.load_seconds
         self.served = {
             name: {
-                version: loading.within(
-                    self.load_seconds, partial(ModelRunner, engine, executor), engine.options
-                )
+                version: ModelRunner(engine, executor)
                 for version, engine in sorted(versions.items())
             }
             for name, versions in engines.items()

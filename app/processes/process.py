@@ -85,7 +85,7 @@ class WorkerProcess:
     ) -> "WorkerProcess":
         """Start a process that is to serve ``state``; raise OSError if the system cannot."""
         ours, theirs = socket.socketpair()
-        # As a daemon it is ended, rather than waited for, if this process fails.
+        # A daemon, as this process would wait at its exit for any other.
         process = spawn.Process(target=serve, args=(Start(theirs, state),), daemon=True)
         # A worker inherits blocked signals, so these never reach it: neither while it starts nor
         # later, whatever handlers it sets.
@@ -106,8 +106,7 @@ class WorkerProcess:
 
         As long as it starts, and serves nothing, the signal ends it.
         """
-        if not self.ended:
-            os.kill(self.pid, STOP)
+        self.signal(STOP)
 
     def leave(self) -> None:
         """Tell the process to end once it has answered its last requests."""
@@ -118,7 +117,14 @@ class WorkerProcess:
         """End the process at once, if it still runs."""
         if not self.ended:
             log.error("worker %d is killed: %s", self.pid, why)
-            os.kill(self.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the process a signal, if it still runs."""
+        # multiprocessing waits for ended processes whenever it starts one.
+        with suppress(ProcessLookupError):
+            if not self.ended:
+                os.kill(self.pid, number)
 
     async def watch(self, start_seconds: float, stuck_seconds: float) -> None:
         """Kill the process if it is not there in time, or if its event loop is stuck later on."""

@@ -104,6 +104,8 @@ def supervise(
     """
     # Before any signal is blocked: starting the tracker leaves SIGINT unblocked.
     resource_tracker.ensure_running()
+    # Whoever started this process may ignore it, and then nobody learns how a worker has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return asyncio.run(Supervisor(serve, state, closing, on_hangup, keep, limits).run(workers))
 
 
@@ -159,12 +161,12 @@ class Supervisor:
     def stop(self) -> None:
         """Tell all workers to stop; kill them later if they do not."""
         self.stopping.set()
+        asyncio.get_running_loop().call_later(self.limits.stop, self.kill, "it does not stop")
         self.closing()
         for worker in self.workers:
             # To one that leaves already, it would mean to end at once.
             if not worker.leaving.is_set():
                 worker.stop()
-        asyncio.get_running_loop().call_later(self.limits.stop, self.kill, "it does not stop")
 
     def kill(self, why: str) -> None:
         """Kill all workers."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
@@ -43,19 +44,23 @@ MARGIN_SECONDS = 5
 log = logging.getLogger(__name__)
 
 
-class Load(NamedTuple):
+# Named tuples with equal fields would be equal, whatever their classes.
+@dataclass(frozen=True)
+class Load:
     """Message to all workers: serve the versions of a model that the models folder holds."""
 
     name: str
 
 
-class Unload(NamedTuple):
+@dataclass(frozen=True)
+class Unload:
     """Message to all workers: stop serving a model."""
 
     name: str
 
 
-class Reload(NamedTuple):
+@dataclass(frozen=True)
+class Reload:
     """Message to all workers: read the API keys and the models folder again."""
 
 
@@ -184,6 +189,8 @@ class Worker:
     def stop(self) -> None:
         """Stop as on a signal, unless stopping already: the supervisor is gone."""
         if not self.server.server_state.draining:
+            # Otherwise the supervisor does this.
+            self.end_in_time()
             self.server.stop()
 
     def leave(self) -> None:
@@ -194,8 +201,13 @@ class Worker:
     def drain(self) -> None:
         """Report that the service is not ready; see to it that the process ends in time."""
         self.application.drain()
-        # One of several is killed by the supervisor. Another main thread is not this program's.
-        if self.alone and threading.current_thread() is threading.main_thread():
+        if self.alone:
+            self.end_in_time()
+
+    def end_in_time(self) -> None:
+        """End the process if the drain does not."""
+        # Another main thread is not this program's.
+        if threading.current_thread() is threading.main_thread():
             end = threading.Timer(stop_seconds(self.settings), end_at_once)
             end.daemon = True
             end.start()
@@ -203,13 +215,19 @@ class Worker:
     async def change(self, message: Load | Unload, seconds: float) -> bool:
         """Have all workers change what they serve; return whether it is done within ``seconds``.
 
-        Otherwise it goes on. Raises whatever the change raises in that time.
+        Otherwise it goes on. Raises whatever the change raises in that time; HTTPException (503) if
+        no worker makes it.
         """
         task = self.start_change(message)
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             return False
-        await task
+        try:
+            await task
+        except Unanswered as error:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"the models are unchanged: {error}"
+            ) from None
         return True
 
     def start_change(self, message: Load | Unload | Reload) -> "asyncio.Task[None]":

@@ -176,6 +176,8 @@ class Connection(ResponseProtocol):
         if not self.whole or not self._is_answering():
             return False
         self.end_after_answer()
+        # Of a further request, of which only a part will have come.
+        self._stop_timer()
         self.timer = self.loop.call_later(PROBE_SECONDS, self._probe, 2 * PROBE_SECONDS)
         return True
 

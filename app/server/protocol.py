@@ -150,7 +150,7 @@ class ResponseProtocol(HttpToolsProtocol):
         Raises
         ------
         ConnectionError
-            If the client has not read all of a response that is complete.
+            If the client is gone, and has not read all of the response.
         """
         start, self.start = self.start, None
         if message["type"] == "http.response.start":
@@ -171,8 +171,8 @@ class ResponseProtocol(HttpToolsProtocol):
                 self._respond(cycle, Response(start["status"], content, start["headers"]))
                 if self.flow.write_paused:
                     await self._drain()
-                    if self.lost:
-                        raise ConnectionError("the client has not read its response")
+            if self.lost:
+                raise ConnectionError("the client has not read its response")
 
     async def _drain(self) -> None:
         """Wait until the client has read nearly all that was written, or is gone."""

@@ -48,14 +48,10 @@ def router(
     routes = APIRouter(prefix="/v2/models", dependencies=[guard])
 
     async def of(*targets: Target) -> ModelStatistics:
+        # Before the counts: the models may change meanwhile.
+        asked = [(target, version) for target in targets for version in versions(target)]
         found = await counts()
-        return ModelStatistics(
-            model_stats=[
-                statistics(target, version, found)
-                for target in targets
-                for version in versions(target)
-            ]
-        )
+        return ModelStatistics(model_stats=[statistics(*each, found) for each in asked])
 
     def versions(target: Target) -> Iterator[int]:
         if target.version is None:

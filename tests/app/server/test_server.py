@@ -571,11 +571,11 @@ def test_a_client_that_pipelines_short_requests_and_does_not_read_is_disconnecte
 
 
 def test_a_client_that_reads_steadily_may_take_long() -> None:
-    with running(send_seconds=0.3) as server, slow_reader(server) as client:
+    with running(send_seconds=1.5) as server, slow_reader(server) as client:
         client.sendall(LONG)
         received = exactly(client, LONG_BYTES - 2**24 + 2**17)
-        for _ in range(8):
-            time.sleep(0.1)
+        for _ in range(6):
+            time.sleep(0.4)
             received += exactly(client, 2**17)
         received += exactly(client, LONG_BYTES - len(received))
         assert server.line() == "over"
@@ -601,6 +601,19 @@ def test_a_request_is_answered_though_its_client_will_send_no_more(
             bodies = bodies if version == b"1.1" else bodies[:1]
             assert received.count(b"HTTP/1.1 200 OK\r\n") == len(bodies)
             assert received.endswith(bodies[-1])
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_part_of_a_request_before_the_end_of_a_connection_is_forgotten(loop: str) -> None:
+    with running(receive_seconds=2 * SLOW_SECONDS, loop=loop) as server:
+        with server.connect() as client:
+            client.sendall(SLOW + HEALTH[:10])
+            client.shutdown(socket.SHUT_WR)
+            assert rest(client).endswith(b"slow")
+        # Its time to arrive is over.
+        time.sleep(2 * SLOW_SECONDS)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == ""
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
